@@ -1,0 +1,1 @@
+"""Where a search runs: the Ray pool, its workers and the shards they share. The only room that knows Ray."""

@@ -1,0 +1,1 @@
+"""How a candidate is scored: the evaluator API and the evaluators that ship with Meiosis."""

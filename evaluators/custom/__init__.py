@@ -1,0 +1,1 @@
+"""Evaluators that run code of the user."""

@@ -1,0 +1,1 @@
+"""What is searched: space, genome, recipe, merge operators, population, driver and history."""

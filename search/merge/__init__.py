@@ -1,0 +1,1 @@
+"""Merging: source tensors in, the candidate's tensors out, one file per operator."""

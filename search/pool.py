@@ -1,0 +1,122 @@
+"""What the driver asks of a pool of workers, and what comes back.
+
+Two pools implement it: `search.local_pool` in this process, `cluster.pool` on Ray. Messages carry
+names, hashes, parameters and scores, never weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from evaluators.base import EvaluatorSpec, ItemPool, Scores
+from search.recipe import ModelRef, Recipe
+
+FailureKind = Literal["error", "not_finite", "out_of_memory", "timeout", "crash"]
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """All that a worker must know before the first job: plain data, the same for every worker.
+
+    Attributes:
+        models: model name -> folder and content hash.
+        base: name of the model whose config and tokenizer the live model has.
+        operators: names of the operators to prepare for.
+        evaluators: the evaluators of the config.
+        device: torch device, or `auto` for a GPU where the worker has one.
+        dtype: dtype of the live model, or None for that of the base.
+        threads: torch threads on the CPU. Part of the run: sums of floats depend on it.
+        seed: seed of the run.
+        prepared_folder: node-local folder in which workers share what `Operator.prepare` computed.
+    """
+
+    models: Mapping[str, ModelRef]
+    base: str
+    evaluators: tuple[EvaluatorSpec, ...]
+    device: str = "auto"
+    dtype: str | None = None
+    threads: int = 1
+    seed: int = 0
+    prepared_folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate to merge and score on one pool of items. `(candidate, items)` is unique in a run."""
+
+    candidate: int
+    recipe: Recipe
+    items: ItemPool
+    hash_weights: bool = False
+    """Whether the outcome must carry the hash of the merged tensors (costs a pass over them)."""
+
+    @property
+    def key(self) -> tuple[int, ItemPool]:
+        return self.candidate, self.items
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial has no scores. `message` is one line; `detail` may hold a traceback."""
+
+    kind: FailureKind
+    message: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        scores: evaluator name -> per-item scores; empty after a failure.
+        metrics: `<evaluator>.<metric>` -> value; empty after a failure.
+        weights_sha256: hash of the merged tensors, where the job asked for it.
+        worker: name of the worker, for people.
+        attempts: how often the job was started, 1 unless workers died under it.
+    """
+
+    candidate: int
+    items: ItemPool
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    failure: Failure | None = None
+    weights_sha256: str | None = None
+    merge_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    worker: str = ""
+    attempts: int = 1
+
+    @property
+    def key(self) -> tuple[int, ItemPool]:
+        return self.candidate, self.items
+
+
+class Pool(Protocol):
+    """A supervised set of workers. One job per worker at a time; more may be submitted and wait."""
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+
+    @property
+    def busy(self) -> int:
+        """How many of them work now."""
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Jobs start in the order of submission."""
+
+    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
+        """Outcomes that are there, after at least one came or `timeout` seconds went by.
+
+        Every submitted job comes back exactly once, as a success or a failure, whatever dies, unless
+        it was cancelled. Raises `WorkerError` when no worker can be kept alive.
+        """
+
+    def cancel(self, key: tuple[int, ItemPool]) -> None:
+        """Forget a job; if it runs, its outcome is dropped."""
+
+    def close(self) -> None:
+        """Release workers and whatever this pool started. May be called twice."""

@@ -1,0 +1,121 @@
+"""Recipes: fully specified merges, as plain data.
+
+A recipe names its models and gives, by rules, an operator with parameters for every output tensor.
+The search, the baselines and a one-shot `meiosis merge` all go through it. It reads and writes as
+YAML, and its hash stands for the candidate wherever the same models are meant.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from search.errors import RecipeError
+
+Value = bool | int | float | str
+"""A parameter of an operator."""
+
+
+class ModelRef(BaseModel):
+    """Where a model is, and which bytes it had."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(description="checkpoint folder or hub id")
+    sha256: str | None = Field(None, description="content hash of the weights, filled in by Meiosis")
+
+
+class Rule(BaseModel):
+    """How the tensors that match are made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tensors: tuple[str, ...] = Field(("*",), min_length=1, description="tensor names; `*` and `?` are wild cards")
+    operator: str = Field(description="a name from `meiosis operators`")
+    sources: dict[str, dict[str, Value]] = Field(
+        min_length=1, description="model name -> parameters of that model, in the operator's order of inputs"
+    )
+    parameters: dict[str, Value] = Field(default_factory=dict, description="parameters that all models share")
+
+
+class Recipe(BaseModel):
+    """A merge of `models`; for each tensor the first rule that matches its name holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    meiosis: Literal[1] = Field(1, description="version of this format")
+    base: str | None = Field(None, description="name of the model that task vectors start from")
+    models: dict[str, ModelRef] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    dtype: str | None = Field(None, description="dtype of the output; by default each tensor keeps that of the donor")
+    seed: int = Field(0, ge=0, description="seed of operators that draw masks")
+
+    @property
+    def donor(self) -> str:
+        """The model that gives config, tokenizer and tensor names: the base, or else the first model."""
+        return self.base if self.base is not None else next(iter(self.models))
+
+    def check(self) -> None:
+        """Raise `RecipeError` for a name that `models` does not have."""
+        for where, name in [("base", self.base), *((f"rules[{i}].sources", s) for i, r in enumerate(self.rules) for s in r.sources)]:
+            if name is not None and name not in self.models:
+                from search.errors import nearest
+
+                raise RecipeError(f"{where}: no model is called '{name}'{nearest(name, self.models)}")
+
+    def assign(self, tensor_names: Iterable[str]) -> dict[str, Rule]:
+        """The rule of every tensor, in the order given.
+
+        Raises:
+            RecipeError: a tensor that no rule matches, or a rule that matches no tensor.
+        """
+        exact: dict[str, int] = {}
+        wild: list[tuple[int, str]] = []
+        for index, rule in enumerate(self.rules):
+            for pattern in rule.tensors:
+                if any(c in pattern for c in "*?["):
+                    wild.append((index, pattern))
+                else:
+                    exact.setdefault(pattern, index)
+        names = list(tensor_names)
+        assigned: dict[str, Rule] = {}
+        for name in names:
+            matches = [index for index, pattern in wild if fnmatch.fnmatchcase(name, pattern)]
+            if name in exact:
+                matches.append(exact[name])
+            if not matches:
+                raise RecipeError(f"no rule of the recipe matches tensor '{name}'; end with a rule for tensors ['*']")
+            assigned[name] = self.rules[min(matches)]
+        missing = sorted(set(exact) - set(names))
+        if missing:
+            raise RecipeError(f"rules[{exact[missing[0]]}].tensors: the models have no tensor '{missing[0]}'")
+        return assigned
+
+    def canonical(self) -> dict[str, Any]:
+        """What the hash covers: everything, with a model standing for its bytes where they are known."""
+        data = self.model_dump(mode="json")
+        data["models"] = {name: ref.sha256 or ref.path for name, ref in sorted(self.models.items())}
+        return data
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical form, 64 hex digits. Does not depend on where the models lie."""
+        text = json.dumps(self.canonical(), sort_keys=False, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=100)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from plain data, checked."""
+        recipe = cls.model_validate(data)
+        recipe.check()
+        return recipe
