@@ -1,6 +1,6 @@
 """The operator API: one merge method, in two phases.
 
-`prepare` computes, once per node, what depends on the sources alone (angles, norms, thresholds), as
+`prepare` computes, once per node, what depends on the sources alone (angles, norms, count tables), as
 small tensors that workers share through a file. `bind` turns the parameters of one candidate into a
 function over blocks; the walk in `search.merge.apply` calls it block by block, in order, so that a
 merge reads each source once and writes the output in place.
@@ -9,17 +9,26 @@ merge reads each source once and writes the output in place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from search.recipe import Value
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements per block on the CPU: 1 MiB of float32, the measured optimum of eager torch."""
+
+ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
+"""Elements per block elsewhere: large enough that launching kernels costs nothing."""
+
+ROW_ELEMENTS = 1 << 10
+"""Blocks start at multiples of this, so that sums taken row by row do not depend on the block size."""
+
+Prepares = Literal["nothing", "each_source", "all_sources"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Block:
-    """A contiguous range of the flattened tensor, in float32 on the device of the output.
+    """A contiguous range of the flattened tensor, in `Inputs.dtype` on the device of the output.
 
-    `base` and `sources` are for reading only: they may be views of the shared files.
+    `base` and `sources` are one-dimensional, for reading only (they may be views of the shared files)
+    and valid until the next block. `start` is a multiple of `ROW_ELEMENTS`.
     """
 
     start: int
@@ -65,20 +75,33 @@ class Inputs(Protocol):
     """Name of the tensor in the checkpoint."""
     models: tuple[str, ...]
     """Names of the sources, in the order of `Block.sources`."""
+    base: str | None
+    """Name of the base, for operators that need one."""
     shape: tuple[int, ...]
     seed: int
     """Seed of the recipe, for operators that draw masks."""
+    dtype: torch.dtype
+    """What to compute in: float32, or float64 when an input is stored in that."""
+    device: torch.device
+    cache: MutableMapping[Hashable, Any]
+    """Small values kept between candidates, oldest dropped first. A key says all that the value depends
+    on: operator, tensor, models, parameters. The models themselves do not change."""
 
     @property
     def numel(self) -> int: ...
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks in order; each call is one pass over the sources."""
+        """All blocks in order; each call is one pass over the sources. May be left early."""
+        ...
+
+    def scratch(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A one-dimensional buffer that holds one block, with arbitrary content, allocated once and
+        handed out again for every tensor. By default in `dtype`; the same key is the same buffer."""
         ...
 
 
 class Apply(Protocol):
-    """Writes one block of the output (float32). Called for every block once, in order."""
+    """Writes one block of the output (`Inputs.dtype`). Called for every block once, in order."""
 
     def __call__(self, block: Block, out: Tensor) -> None: ...
 
@@ -86,13 +109,19 @@ class Apply(Protocol):
 class Operator(ABC):
     """A merge method. Stateless: one instance serves every tensor and candidate.
 
+    Modules that define one import torch inside its methods, because `meiosis operators` lists them.
+
     Class attributes:
         help: one line for `meiosis operators`.
         source: paper of the method.
         parameters: what a recipe may set.
         needs_base: whether task vectors are taken against `recipe.base`.
         min_sources, max_sources: how many sources it takes, the base not counted.
-        prepares: whether `prepare` computes anything.
+        draws: whether `Inputs.seed` matters.
+        prepares: what `prepare` is called for: once for every source with that source alone, which
+            serves all sets it appears in, or once for every set of sources.
+        prepared_version: raise it when `prepare` returns something else than before, so that files on
+            disk are not mistaken.
     """
 
     help: ClassVar[str]
@@ -101,25 +130,28 @@ class Operator(ABC):
     needs_base: ClassVar[bool]
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
-    prepares: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    prepares: ClassVar[Prepares] = "nothing"
+    prepared_version: ClassVar[int] = 1
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Small CPU tensors that depend on the sources alone; `inputs.seed` must not matter."""
+        """Small CPU tensors that depend on the sources alone; may be empty. No seed, no parameters."""
         return {}
 
     @abstractmethod
     def bind(
         self,
         inputs: Inputs,
-        prepared: Mapping[str, Tensor],
-        per_source: tuple[Mapping[str, Value], ...],
-        shared: Mapping[str, Value],
+        prepared: tuple[Mapping[str, Tensor], ...],
+        per_source: tuple[Mapping[str, Any], ...],
+        shared: Mapping[str, Any],
     ) -> Apply:
         """The function that merges the blocks of this tensor with these parameters.
 
         Args:
             inputs: the tensor; more passes over it are allowed where the method needs them.
-            prepared: what `prepare` returned for this tensor and these sources.
-            per_source: one mapping per source, complete with defaults.
-            shared: complete with defaults.
+            prepared: what `prepare` returned for this tensor: nothing, one mapping per source, or one
+                mapping for all sources, as `prepares` says.
+            per_source: one mapping per source, checked and complete with defaults.
+            shared: checked and complete with defaults.
         """

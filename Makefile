@@ -1,0 +1,42 @@
+# Two commands: `make search` and `make test`. Both set up .venv first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= examples/text.yaml
+SAMPLES ?= samples/text
+READY := $(VENV)/.ready
+
+.PHONY: search test lint setup reference clean
+
+search: setup
+	$(BIN)/meiosis samples text $(SAMPLES)
+	$(BIN)/meiosis search $(CONFIG)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The committed table of three seeds; about half an hour on two cores.
+reference: setup
+	$(BIN)/meiosis samples text $(SAMPLES)
+	$(BIN)/python benchmarks/three_seeds.py
+
+setup: $(READY)
+
+# torch comes first and by its exact pin: a range would bring several gigabytes of CUDA packages.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Meiosis needs Python 3.11 or later; call make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

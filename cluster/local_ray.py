@@ -1,0 +1,267 @@
+"""Ray in this process: start one of our own on this machine, join another, stop it.
+
+What is decided here, and why:
+
+* Our own Ray listens on loopback only, asks for a token, has no dashboard, sends no usage statistics
+  (unless `RAY_USAGE_STATS_ENABLED` says otherwise) and keeps its files in a folder of its own.
+* Ray prints death reports of workers on stdout, from a thread of the driver. Results are what belongs
+  on stdout, so while Ray runs, what Ray's threads print goes to a log file instead.
+* Ray replaces the handlers of SIGTERM and SIGINT when it starts; they are put back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from search.errors import UserError, WorkerError
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Messages are small, models never travel. Ray refuses less than 75 MB."""
+_PREFIX = "meiosis-"
+_LONGEST_BASE = 22
+"""Longest folder for Ray's files: below it come 68 characters of Ray's own and a name of 17, and a
+socket's path ends at 107 bytes."""
+
+
+@dataclass
+class Session:
+    """Ray as this process has it. `own`: it is on this machine, started by us."""
+
+    address: str
+    own: bool
+    added_path: tuple[str, ...]
+    folder: Path | None = None
+    _lock: IO[str] | None = None
+    _stdout: _SplitStdout | None = None
+    _users: int = field(default=1)
+
+    def close(self) -> None:
+        """Disconnect, if no other user of the session is left; a Ray of our own ends with all its processes.
+
+        Each call of `open_session` is answered by one of `close`.
+        """
+        global _session  # noqa: PLW0603 - Ray is one per process as well
+        if _session is not self:
+            return
+        self._users -= 1
+        if self._users > 0:
+            return
+        _session = None
+        import ray
+
+        ray.shutdown()
+        if self._stdout is not None:
+            self._stdout.restore()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+
+
+_session: Session | None = None
+
+
+def open_session(
+    address: str | None, *, cpus: int = 1, with_gpus: bool = False, log: Path | None = None
+) -> Session:
+    """Ray for this process: what it has already, or that at `address`, or a new one on this machine.
+
+    Args:
+        address: `host:port` of a cluster, `auto` for the one on this machine; None: start our own.
+        cpus: workers that Ray should keep warm, in a Ray of our own.
+        with_gpus: whether our own Ray looks for GPUs.
+        log: file for what Ray prints; by default it is dropped.
+
+    Raises:
+        UserError: an address that is not of that form.
+        WorkerError: Ray does not start, or nobody answers at the address.
+    """
+    global _session  # noqa: PLW0603 - Ray is one per process as well
+    if address is not None and ("://" in address or not (address == "auto" or ":" in address)):
+        raise UserError(
+            f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'"
+        )
+    if _session is not None:
+        if address is not None and address != _session.address:
+            raise WorkerError(
+                f"this process uses Ray at {_session.address} already; close it before joining {address}"
+            )
+        _session._users += 1
+        return _session
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None and "ray" not in sys.modules:  # Ray reads it once, when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():  # by the program that uses us; it also shuts it down
+        return Session(ray.get_runtime_context().gcs_address, own=False, added_path=_added_path())
+    session = _join(address, log) if address is not None else _start(cpus, with_gpus, log)
+    _session = session
+    return session
+
+
+def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
+    import ray
+
+    _ensure_token()
+    folder, lock = _make_folder()
+    stdout = _SplitStdout(log)
+    options: dict[str, Any] = {} if with_gpus else {"num_gpus": 0}
+    try:
+        with _same_signal_handlers():
+            context = ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+                _node_ip_address="127.0.0.1",
+                **options,
+            )
+    except BaseException as error:
+        ray.shutdown()
+        stdout.restore()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+        if isinstance(error, Exception):
+            raise WorkerError(f"Ray cannot be started on this machine: {_line(error)}") from error
+        raise
+    session = Session(context.address_info["address"], True, _added_path(), folder, lock, stdout)
+    atexit.register(_close_at_exit, session)
+    return session
+
+
+def _join(address: str, log: Path | None) -> Session:
+    import ray
+
+    stdout = _SplitStdout(log)
+    try:
+        with _same_signal_handlers():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except BaseException as error:
+        ray.shutdown()
+        stdout.restore()
+        if isinstance(error, Exception):
+            raise WorkerError(
+                f"no Ray cluster can be joined at '{address}': {_line(error)}; start one with "
+                "'ray start --head', or leave the address out to run on this machine"
+            ) from error
+        raise
+    return Session(address, False, _added_path(), _stdout=stdout)
+
+
+def _close_at_exit(session: Session) -> None:
+    session._users = 1
+    session.close()
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _added_path() -> tuple[str, ...]:
+    """What Ray puts in front of the `sys.path` of this driver's workers."""
+    return os.path.abspath(os.curdir), os.path.dirname(os.path.realpath(sys.argv[0]))
+
+
+def _ensure_token() -> None:
+    """A token in Ray's usual place that only this user can read, so that `ray status` works as well."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    token = secrets.token_hex(32)
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        if path.exists():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Linked into place whole: another process must not read half a token.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # its mode is 600
+            file.write(token)
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+    except (OSError, RuntimeError):  # no home, or not writable: hand it down by environment
+        os.environ["RAY_AUTH_TOKEN"] = token
+
+
+def _make_folder() -> tuple[Path, IO[str]]:
+    """A new folder for Ray's files, locked while it is in use.
+
+    Folders that a killed driver left behind are removed on the way: nobody holds their lock.
+    """
+    for base in (os.environ.get("RAY_TMPDIR", ""), tempfile.gettempdir(), "/tmp"):
+        if base and len(base) <= _LONGEST_BASE and os.access(base, os.W_OK):
+            break
+    else:
+        raise WorkerError(
+            f"Ray needs a writable temporary folder whose path has at most {_LONGEST_BASE} characters; "
+            "name one in RAY_TMPDIR"
+        )
+    for left in Path(base).glob(f"{_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), left.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    held = (folder / "unlocked").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (folder / "unlocked").rename(folder / "lock")  # locked before anybody can find it by that name
+    return folder, held
+
+
+@contextlib.contextmanager
+def _same_signal_handlers() -> Iterator[None]:
+    """Put the handlers back that Ray replaces; `ray.wait` polls often enough for them to run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: installed from C, cannot be put back
+                signal.signal(number, handler)
+
+
+class _SplitStdout:
+    """Stands in for `sys.stdout`: what Ray's threads print goes to the log, the rest where it went."""
+
+    def __init__(self, log: Path | None) -> None:
+        self._real = sys.stdout
+        self._log = open(log if log is not None else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        sys.stdout = self
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            if not self._log.closed:
+                self._log.write(text)
+                self._log.flush()
+            return len(text)
+        return self._real.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def restore(self) -> None:
+        """Give `sys.stdout` back, unless somebody else took it meanwhile."""
+        if sys.stdout is self:
+            sys.stdout = self._real
+        self._log.close()

@@ -1,0 +1,222 @@
+"""Shards: the source models as every worker of a node shares them.
+
+The driver sends names, folders and hashes; a worker opens the files itself and maps them, so that
+all workers of a node share the pages and one more worker costs no memory for the sources. One
+process per node reads them into the page cache first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from search.checkpoint import Checkpoint, Fingerprint, fingerprint, open_checkpoint
+from search.errors import CheckpointError, WorkerError
+from search.safetensors_header import header_sha256
+
+MADV_POPULATE_READ = 22
+"""Reads the pages of a mapping now, with large reads (Linux 5.14); Python has no name for it yet."""
+
+STEP_BYTES = 1 << 26
+"""Warmed at once, between two calls of `report`."""
+
+FRESH_SECONDS = 900.0
+"""How long files count as warm. Later the kernel may have dropped them, and warming them again is cheap."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One safetensors file, as the driver saw it."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRef:
+    """A checkpoint as plain data that travels to workers.
+
+    Attributes:
+        folder: absolute path, the same on every node.
+        sha256: content hash of the tensors, see `search.fingerprint`.
+    """
+
+    folder: str
+    sha256: str
+    files: tuple[ShardFile, ...]
+
+
+def shard_ref(checkpoint: Checkpoint, fingerprint: Fingerprint) -> ShardRef:
+    """What a worker needs to find a checkpoint and to know it again.
+
+    Raises:
+        CheckpointError: a file is gone or was damaged since it was opened.
+    """
+    files = []
+    for file in checkpoint.files:
+        try:
+            status = file.stat()
+            files.append(ShardFile(file.name, status.st_size, status.st_mtime_ns, header_sha256(file)))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}); put it back") from error
+    return ShardRef(str(checkpoint.folder), fingerprint.sha256, tuple(files))
+
+
+def attach(refs: Mapping[str, ShardRef]) -> dict[str, Checkpoint]:
+    """The checkpoints on this node, after checking that they are those that the driver saw.
+
+    Size and header must be equal. A file with another modification time may be a copy, so its whole
+    content is hashed (once per node, see `search.fingerprint_cache`).
+
+    Raises:
+        WorkerError: a file is missing, damaged or different on this node.
+    """
+    return {name: _attach(name, ref) for name, ref in refs.items()}
+
+
+def _attach(name: str, ref: ShardRef) -> Checkpoint:
+    here = f"node {socket.gethostname()}: model '{name}'"
+    if not Path(ref.folder).is_dir():
+        raise WorkerError(
+            f"{here}: no folder {ref.folder}, which the driver has; put the models where all nodes see them"
+        )
+    try:
+        checkpoint = open_checkpoint(Path(ref.folder))
+        seen = {file.name: file for file in shard_ref(checkpoint, Fingerprint(ref.sha256, ())).files}
+        expected = {file.name: file for file in ref.files}
+        for file in sorted(seen.keys() ^ expected.keys()):
+            where = "the driver" if file in seen else "this node"
+            raise WorkerError(f"{here}: {Path(ref.folder, file)} is missing on {where}; copy the model anew")
+        for file, theirs in expected.items():
+            ours = seen[file]
+            if (ours.size, ours.header_sha256) != (theirs.size, theirs.header_sha256):
+                found = f"has {ours.size} bytes" if ours.size != theirs.size else "has another header"
+                raise WorkerError(
+                    f"{here}: {Path(ref.folder, file)} {found}, the driver saw {theirs.size} bytes with "
+                    f"header {theirs.header_sha256[:12]}; copy the model anew, or start the search again"
+                )
+        if any(seen[file].mtime_ns != expected[file].mtime_ns for file in expected):
+            found = fingerprint(checkpoint).sha256
+            if found != ref.sha256:
+                raise WorkerError(
+                    f"{here}: the weights in {ref.folder} hash to {found[:12]}, the driver's to "
+                    f"{ref.sha256[:12]}; copy the model anew, or start the search again"
+                )
+    except CheckpointError as error:
+        raise WorkerError(f"{here}: {error}") from error
+    return checkpoint
+
+
+def node_folder() -> Path:
+    """A folder for what the processes of one user share on one node.
+
+    Raises:
+        WorkerError: the folder exists, but somebody else owns it.
+    """
+    folder = Path(tempfile.gettempdir(), f"meiosis-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise WorkerError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
+    return folder
+
+
+def warm(
+    files: Iterable[Path], report: Callable[[int, int], None] | None = None, folder: Path | None = None
+) -> int:
+    """Read files into the page cache, once per node however many workers ask at the same time.
+
+    The first caller reads; the others wait for it. More than the node's free memory is not read
+    ahead: the end would push out the beginning.
+
+    Args:
+        report: called with bytes done and bytes in all.
+        folder: where the processes of this node meet, by default `node_folder()`.
+
+    Returns:
+        Bytes that this call read, 0 if others had done it.
+
+    Raises:
+        WorkerError: a file cannot be read.
+    """
+    paths = sorted({Path(file).resolve() for file in files})
+    folder = folder or node_folder()
+    try:
+        identity = [[str(path), *_identity(path)] for path in paths]
+        total = sum(path.stat().st_size for path in paths)
+        if total > _available_bytes():
+            return 0
+        key = hashlib.sha256(json.dumps([_boot_id(), identity]).encode()).hexdigest()[:32]
+        stamp = folder / f"warm-{key}"
+        with stamp.open("a+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status = os.fstat(lock.fileno())
+            if status.st_size and time.time() - status.st_mtime < FRESH_SECONDS:
+                return 0
+            done = 0
+            for path in paths:
+                for step in _populate(path):
+                    done += step
+                    if report is not None:
+                        report(done, total)
+            lock.truncate(0)
+            lock.write(b"warm\n")
+            return done
+    except OSError as error:
+        file = error.filename or "a model file"
+        raise WorkerError(
+            f"node {socket.gethostname()}: {file}: cannot be read ({error.strerror}); "
+            "keep the model files in place while a search runs"
+        ) from error
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _populate(path: Path) -> Iterable[int]:
+    """Bring a file into the page cache and yield the bytes of every step."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+            for start in range(0, size, STEP_BYTES):
+                length = min(STEP_BYTES, size - start)
+                try:
+                    mapping.madvise(MADV_POPULATE_READ, start, length)
+                except OSError:  # an older kernel, or a file system that cannot
+                    mapping.madvise(mmap.MADV_WILLNEED, start, length)
+                    for offset in range(start, start + length, 1 << 20):
+                        os.pread(file.fileno(), min(1 << 20, start + length - offset), offset)
+                yield length
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping; no limit where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62
+
+
+def _boot_id() -> str:
+    """Changes with every start of the machine, which begins with an empty page cache."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

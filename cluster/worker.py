@@ -1,0 +1,164 @@
+"""The process that merges and evaluates.
+
+Ray sees bytes going in and bytes coming out, so it never imports a module of ours to read a message
+before the guard below has run, and what cannot be pickled is a failure with a name instead of a
+lost worker. Errors travel as data for the same reason.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.handshake import Identity, identity
+from search.errors import MeiosisError, UserError
+from search.local_pool import Body, failed, make_body, one_line, run_body
+from search.pool import Failure, Job, WorkerPlan
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where and how a worker must find its code, as plain data.
+
+    Attributes:
+        packages: our packages -> folders that the driver imports them from.
+        driver_path: the driver's `sys.path`, absolute.
+        added_path: what Ray puts at the front of a worker's `sys.path`: the folder in which the
+            driver was started and that of its script.
+        folder: working directory of the driver; a worker that can see it works there, so that a
+            relative path means the same in both pools.
+        environment: variables to set before anything heavy is imported.
+    """
+
+    packages: Mapping[str, str]
+    driver_path: tuple[str, ...]
+    added_path: tuple[str, ...]
+    folder: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StartError:
+    """Why a body could not be constructed; `explained` is the error if it is one for the user."""
+
+    message: str
+    detail: str
+    explained: MeiosisError | None
+
+
+def actor_class() -> Any:
+    """The class of the actor, to be given to `ray.remote`.
+
+    It is defined inside a function so that Ray sends it by value. Sent by reference, a worker would
+    import `cluster.worker` before the guard runs, possibly from a folder `cluster/` in which the user
+    stands, since Ray puts that folder at the front of `sys.path`. So: only the standard library in here,
+    imported inside the methods, and nothing from this module.
+    """
+
+    class MeiosisWorker:
+        def hello(self, surroundings: dict[str, Any]) -> bytes:
+            """Set up imports and environment; returns the pickled identity and Ray's node id."""
+            import os
+            import sys
+            from importlib.machinery import PathFinder
+
+            packages = surroundings["packages"]
+
+            class OurPackages:
+                """Finds our packages where the driver has them, whatever else is on the path."""
+
+                @staticmethod
+                def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+                    if path is None and name in packages:
+                        return PathFinder.find_spec(name, [os.path.dirname(packages[name])], target)
+                    return None
+
+            sys.meta_path.insert(0, OurPackages)
+            added = set(surroundings["added_path"])
+            sys.path[:] = [entry for entry in sys.path if entry not in added]
+            known = set(sys.path)
+            # What only the driver has, such as the folder of a user's own evaluator, goes to the end.
+            sys.path.extend(entry for entry in surroundings["driver_path"] if entry not in known)
+            if os.path.isdir(surroundings["folder"]):
+                os.chdir(surroundings["folder"])
+            os.environ.update(surroundings["environment"])
+
+            from cluster.worker import Worker
+
+            self._worker = Worker()
+            return self._worker.hello()
+
+        def build(self, setup: bytes) -> bytes:
+            return self._worker.build(setup)
+
+        def run(self, job: bytes) -> bytes:
+            return self._worker.run(job)
+
+    return MeiosisWorker
+
+
+class Worker:
+    """The inside of the actor. Every method returns pickled plain data and raises nothing."""
+
+    _body: Body
+
+    def hello(self) -> bytes:
+        """Pickled `Greeting`."""
+        import os
+
+        import ray
+
+        return pickle.dumps(Greeting(identity(), ray.get_runtime_context().get_node_id(), os.getpid()))
+
+    def build(self, setup: bytes) -> bytes:
+        """Construct the body. Pickled `None`, or the `StartError`."""
+        try:
+            body, plan = pickle.loads(setup)  # noqa: S301 - written by our own driver
+            assert isinstance(plan, WorkerPlan)
+            self._body = make_body(body, plan)
+            # Libraries that were loaded before the environment was set are limited here.
+            from threadpoolctl import threadpool_limits
+
+            threadpool_limits(plan.threads)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by the driver
+            return _start_error(error)
+        return pickle.dumps(None)
+
+    def run(self, job: bytes) -> bytes:
+        """Pickled outcome of a pickled job."""
+        request = pickle.loads(job)  # noqa: S301 - written by our own driver
+        assert isinstance(request, Job)
+        outcome = run_body(self._body, request)
+        try:
+            return pickle.dumps(outcome)
+        except Exception as error:  # noqa: BLE001 - pickle raises what the object's own methods raise
+            message = f"the outcome cannot be sent to the driver: {one_line(error)}"
+            return pickle.dumps(failed(request, Failure("error", message, traceback.format_exc())))
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """The first word of a worker: what it runs, on which node of Ray, in which process."""
+
+    identity: Identity
+    node_id: str
+    pid: int
+
+
+def _start_error(error: BaseException) -> bytes:
+    detail = traceback.format_exc()
+    if isinstance(error, MeiosisError):
+        try:
+            pickled = pickle.dumps(StartError(str(error), detail, error))
+            pickle.loads(pickled)  # noqa: S301 - an exception with its own constructor may pickle but not load
+            return pickled
+        except Exception:  # noqa: BLE001 - sent as the nearest of our own errors below
+            explained = UserError(str(error)) if isinstance(error, UserError) else MeiosisError(str(error))
+            explained.exit_status = error.exit_status
+            return pickle.dumps(StartError(str(error), detail, explained))
+    return pickle.dumps(StartError(one_line(error), detail, None))

@@ -1,0 +1,3 @@
+"""Meiosis: distributed evolutionary merge search."""
+
+__version__ = "0.1.0"

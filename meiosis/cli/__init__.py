@@ -1,0 +1,1 @@
+"""The `meiosis` command: thin commands over the public functions."""

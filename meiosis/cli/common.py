@@ -1,0 +1,76 @@
+"""What the commands share: options, output, and the pool that a config asks for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from search.pool import Pool, WorkerPlan
+    from search.setup import Setup
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PLAIN_WIDTH = 160
+"""Columns of tables where there is no terminal whose width would count."""
+
+
+def debug_option(function: F) -> F:
+    """`--debug`: `main` looks for it in the arguments, the command itself does not need it."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
+
+
+def json_option(function: F) -> F:
+    """`--json`: one JSON document on stdout instead of text for people."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def out() -> Console:
+    """Console for results, on stdout as it was when the command started."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False, markup=False)
+
+
+def print_json(data: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def note(line: str) -> None:
+    """A line for the person who waits, on stderr."""
+    click.echo(line, err=True)
+
+
+def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
+    """The workers that a config asks for."""
+    cluster = setup.config.cluster
+    if cluster.pool == "local":
+        from search.local_pool import LocalPool
+
+        return LocalPool(plan)
+    from cluster.pool import RayPool
+
+    return RayPool(
+        plan,
+        workers=cluster.workers,
+        address=cluster.address,
+        trial_seconds=cluster.trial_seconds,
+        gpus_per_worker=cluster.gpus_per_worker,
+        working_folder=folder,
+        report=note,
+    )
+
+
+def results_option(function: F) -> F:
+    """`--results`: where runs are looked for."""
+    return click.option(
+        "--results", default="results", show_default=True, type=click.Path(path_type=Path), help="Folder of the runs."
+    )(function)

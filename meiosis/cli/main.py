@@ -1,0 +1,100 @@
+"""Entry point: commands are imported when they are called, errors become one line and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+import click
+
+from evaluators.errors import MeiosisError
+from meiosis import __version__
+
+# Command -> module and one-line help; the modules load only what their command needs.
+_COMMANDS = {
+    "samples": ("meiosis.cli.samples", "Train small sample models to try Meiosis on."),
+    "plan": ("meiosis.cli.plan", "Check a config and show genome, memory and cost; spend nothing."),
+    "search": ("meiosis.cli.search", "Search for the best merge, certify it and export it."),
+    "resume": ("meiosis.cli.resume", "Go on with a run exactly where it stopped."),
+    "status": ("meiosis.cli.status", "List runs, or show progress, best and failures of one."),
+    "merge": ("meiosis.cli.merge", "Carry out one merge from a recipe file, no search."),
+    "evaluate": ("meiosis.cli.evaluate", "Score a model folder with the evaluators of a config."),
+    "export": ("meiosis.cli.export", "Write the best, or any, trial of a run as a checkpoint."),
+    "operators": ("meiosis.cli.operators", "List the merge operators with their parameters."),
+    "evaluators": ("meiosis.cli.evaluators", "List the evaluators with their metrics and options."),
+}
+
+
+class _Commands(click.Group):
+    """A group that imports a command when it is called, so that --help does not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from evaluators.errors import nearest
+
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no command '{args[0]}'{nearest(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: meiosis search examples/text.yaml",
+)
+@click.version_option(__version__, prog_name="meiosis")
+def cli() -> None:
+    """Find the best way to merge fine-tunes of one base model."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 success, 1 failure, 2 a mistake of the user, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+        status = 0
+    except click.exceptions.Exit as request:
+        status = request.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except MeiosisError as error:
+        if debug:
+            raise
+        _complain(error)
+        status = error.exit_status
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("meiosis: interrupted", err=True)
+        status = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error of ours.
+        sys.stderr.close()
+        status = 1
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"meiosis: unexpected {type(error).__name__}: {error}", err=True)
+        click.echo("This is a fault of Meiosis; --debug shows where it happened.", err=True)
+        status = 1
+    sys.exit(status)
+
+
+def _complain(error: MeiosisError) -> None:
+    for line in str(error).splitlines():
+        click.echo(f"meiosis: {line}", err=True)

@@ -1,0 +1,118 @@
+"""`meiosis plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meiosis.cli.common import debug_option, json_option, note, out, print_json
+
+if TYPE_CHECKING:
+    from search.setup import Setup
+
+_MIB = 2**20
+
+
+@click.command("plan", epilog="Example: meiosis plan examples/text.yaml")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
+@json_option
+@debug_option
+def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check CONFIG, its models, data and plug-ins; print genome, memory and cost. Spends nothing."""
+    from search.config import load_config
+    from search.setup import check
+
+    setup = check(load_config(config, overrides), report=note)
+    plan = _plan(setup)
+    if as_json:
+        print_json(plan)
+    else:
+        _show(setup, plan)
+
+
+def _plan(setup: Setup) -> dict[str, Any]:
+    config, base = setup.config, setup.checkpoints["base"]
+    items = {name: evaluator.count_items() for name, evaluator in setup.evaluators.items()}
+    live = sum(_live_bytes(info.dtype, info.shape, config.cluster.dtype) for info in base.tensors.values())
+    return {
+        "config": config.name,
+        "models": {
+            name: {"path": ref.path, "sha256": ref.sha256, "bytes": setup.checkpoints[name].nbytes}
+            for name, ref in setup.models.items()
+        },
+        "operator": setup.space.operator,
+        "groups": len(setup.space.groups),
+        "genes": [
+            {"name": gene.name, "low": gene.low, "high": gene.high, "initial": gene.initial}
+            for gene in setup.space.genes
+        ],
+        "optimizer": config.search.optimizer.name,
+        "memory_bytes": {
+            "sources shared by all workers": sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
+            "live model of one worker": live,
+            "all workers": live * config.cluster.workers,
+        },
+        "cost": {
+            "candidates": config.search.budget,
+            "workers": config.cluster.workers,
+            "items": items,
+            "item evaluations": config.search.budget * sum(pools["search"] for pools in items.values()),
+        },
+    }
+
+
+def _live_bytes(dtype: str, shape: tuple[int, ...], live_dtype: str | None) -> int:
+    from math import prod
+
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    floating = dtype.startswith(("F", "BF"))
+    bits = int("".join(c for c in dtype.split("_")[0] if c.isdigit()) or 8)
+    size = sizes[live_dtype] if live_dtype and floating else bits // 8
+    return prod(shape) * size
+
+
+def _show(setup: Setup, plan: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = out()
+    models = Table(title="Models", title_justify="left")
+    for column in ("name", "checkpoint", "MiB", "sha256"):
+        models.add_column(column, overflow="fold")
+    for name, model in plan["models"].items():
+        models.add_row(name, model["path"], f"{model['bytes'] / _MIB:.1f}", str(model["sha256"])[:16])
+    console.print(models)
+    genome = Table(title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left")
+    for column in ("group", "tensors", "genes", "from", "to", "start"):
+        genome.add_column(column)
+    for group in setup.space.groups:
+        genes = [gene for gene in setup.space.genes if gene.name.startswith(group.name + "/")]
+        genome.add_row(
+            group.name,
+            str(len(group.tensors)),
+            ", ".join(gene.name.partition("/")[2] for gene in genes),
+            *(_spread([getattr(gene, part) for gene in genes]) for part in ("low", "high", "initial")),
+        )
+    console.print(genome)
+    memory, cost = plan["memory_bytes"], plan["cost"]
+    console.print(f"Operator {plan['operator']}, optimizer {plan['optimizer']}.")
+    console.print(
+        f"Memory: {memory['sources shared by all workers'] / _MIB:.1f} MiB of sources, mapped once and shared; "
+        f"{memory['live model of one worker'] / _MIB:.1f} MiB of live model for each of {cost['workers']} workers, "
+        "besides activations and libraries.",
+        soft_wrap=True,
+    )
+    for name, pools in cost["items"].items():
+        console.print(f"Evaluator {name}: " + ", ".join(f"{count} {pool} items" for pool, count in pools.items()) + ".")
+    console.print(
+        f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
+        "The config is sound; nothing was spent.",
+        soft_wrap=True,
+    )
+
+
+def _spread(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -1,0 +1,30 @@
+"""`meiosis samples`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from meiosis.cli.common import debug_option, note, out
+
+
+@click.group("samples")
+def command() -> None:
+    """Train small sample models to try Meiosis on."""
+
+
+@command.command("text", epilog="Example: meiosis samples text samples/text")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of split and training.")
+@debug_option
+def text(folder: Path, seed: int) -> None:
+    """Train a base language model and three specialists of it into DIR; a few minutes on two cores.
+
+    The text is what every machine with Meiosis has: Python's standard library, the language reference
+    and torch's C++ headers. A family that is already there is kept.
+    """
+    from meiosis.samples.text import make_text_family
+
+    make_text_family(folder, seed=seed, report=note)
+    out().print(f"Sample models: {folder}", soft_wrap=True)

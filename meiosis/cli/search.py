@@ -1,0 +1,67 @@
+"""`meiosis search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json
+from meiosis.cli.watch import Watch
+
+if TYPE_CHECKING:
+    from search.run import Finished
+
+
+@click.command("search", epilog="Example: meiosis search examples/text.yaml --run first --workers 2")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--run", "name", help="Name of the run; by default the name in the config and the time.")
+@click.option("--budget", type=int, help="Candidates to evaluate, generation 0 included.")
+@click.option("--workers", type=int, help="Candidates evaluated at the same time.")
+@click.option("--address", help="Ray cluster to join; by default one is started here.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
+@json_option
+@debug_option
+def command(
+    config: Path,
+    name: str | None,
+    budget: int | None,
+    workers: int | None,
+    address: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Search for the best merge that CONFIG describes, certify it and export it.
+
+    Ctrl-C stops cleanly and prints how to resume.
+    """
+    from search.config import load_config
+    from search.run import Watcher, start
+    from search.setup import check
+
+    named = {"search.budget": budget, "cluster.workers": workers, "cluster.address": address}
+    given = tuple(f"{key}={value}" for key, value in named.items() if value is not None)
+    loaded = load_config(config, (*overrides, *given))
+    setup = check(loaded, report=note)
+    with Watch(quiet=as_json) as watch:
+        finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
+    show(finished, as_json)
+
+
+def show(finished: Finished, as_json: bool) -> None:
+    """Print the verdict: the table, what follows from it and where the model is."""
+    from dataclasses import asdict
+
+    from meiosis.cli.tables import verdict_table
+
+    if as_json:
+        print_json(
+            {"run": str(finished.folder.path), "model": str(finished.model), "verdict": asdict(finished.verdict)}
+        )
+        return
+    console = out()
+    console.print(verdict_table(finished.verdict))
+    console.print(finished.verdict.sentence(), soft_wrap=True)
+    console.print(f"Exported model: {finished.model}", soft_wrap=True)
+    console.print(f"Report: {finished.folder.path / 'report.md'}", soft_wrap=True)

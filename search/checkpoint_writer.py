@@ -1,0 +1,233 @@
+"""Writes checkpoint folders that stock transformers loads, completely or not at all.
+
+The folder is made under another name beside its place and renamed when every byte is on the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.checkpoint import INDEX, Checkpoint, open_checkpoint
+from search.errors import MeiosisError, UserError, nearest
+from search.fingerprint import combine_hashes
+from search.safetensors_header import ITEM_BYTES, is_floating
+from search.safetensors_writer import Written, entries, write_file, write_weights
+from search.tensor_bytes import TORCH_NAMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARKER = "meiosis.json"
+"""Tells a folder that we wrote, and may therefore replace when asked to."""
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*preprocessor_config.json",
+    "*processor_config.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "source.spm",
+    "target.spm",
+    "normalizer.json",
+    "bpe.codes",
+    "*.tiktoken",
+)
+"""What stock transformers reads beside weights and config: tokenizers, templates, processors."""
+
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tiktoken")
+"""So that a `tokenizer.py` or `vocab.pt` never comes along: no code, no pickle."""
+
+
+def write_checkpoint(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    donor: Checkpoint,
+    out: Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder.
+
+    Args:
+        tensors: by name, in the order in which they fill the shards. An iterable is read as it is
+            written, one shard in memory at a time; a tensor that it gave must not change afterwards.
+        donor: gives config, tokenizer and the other files that a model needs to load.
+        max_shard_bytes: tensors of more than this in all are split over files with an index.
+        extra_files: plain file name -> content, such as the recipe and the model card.
+        dtype: dtype of all floating-point tensors, as in torch (`bfloat16`) or safetensors (`BF16`);
+            by default each keeps its own.
+        overwrite: whether `out` may be a folder that this function wrote before; it is replaced.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        UserError: `out` is taken or cannot be written to; `dtype` is unknown, or too narrow for a value.
+        MeiosisError: the disk is full or fails. Nothing is left behind then.
+        ValueError: a tensor comes twice or in a dtype that safetensors lacks; an extra file has a bad name.
+    """
+    out = Path(out).resolve()
+    extra_files = extra_files or {}
+    for name in extra_files:
+        if name != Path(name).name or name.endswith(".safetensors") or name in (INDEX, MARKER, "config.json"):
+            raise ValueError(f"extra file {name!r}: expected a plain file name that is not part of the model")
+    target = None if dtype is None else _dtype(dtype)
+    _check_target(out, overwrite)
+    staging = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, _expected_bytes(tensors, donor, target))
+        staging.mkdir()
+        written = write_weights(entries(tensors, target), staging, max_shard_bytes)
+        _write_companions(donor, staging, written, extra_files)
+        for name, content in extra_files.items():
+            write_file(staging / name, [content.encode() if isinstance(content, str) else content])
+        marker = {"meiosis": 1, "weights_sha256": combine_hashes(written), "tensors": len(written)}
+        write_file(staging / MARKER, [json.dumps(marker, indent=2).encode()])
+        _sync_folder(staging)
+        open_checkpoint(staging)  # what we refuse to read we do not hand out
+        _move_into_place(staging, out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _dtype(name: str) -> str:
+    """The safetensors name of a floating-point dtype that was named in either way."""
+    floats = {theirs: ours for ours, theirs in TORCH_NAMES.items() if is_floating(ours)}
+    found = name if name in floats.values() else floats.get(name)
+    if found is None:
+        raise UserError(f"unknown dtype '{name}' for the weights{nearest(name, floats)}")
+    return found
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a folder to write the model to; choose another name")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out}: is not empty, and nothing is overwritten; choose a new folder")
+    if not (out / MARKER).is_file():
+        raise UserError(
+            f"{out}: is not empty and not a model that Meiosis wrote (no {MARKER}); choose a new folder"
+        )
+
+
+def _expected_bytes(tensors: object, donor: Checkpoint, target: str | None) -> int:
+    """Bytes of the weights; those of the donor where the tensors are not known yet."""
+    if isinstance(tensors, Mapping):
+        return sum(entry.nbytes for entry in entries(tensors, target))
+    return sum(
+        info.nbytes // ITEM_BYTES[info.dtype] * ITEM_BYTES[target if target and info.floating else info.dtype]
+        for info in donor.tensors.values()
+    )
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise MeiosisError(
+            f"{out}: the model takes {needed / 2**20:.1f} MiB, the disk has {free / 2**20:.1f} MiB left; "
+            "free some space or choose another disk"
+        )
+
+
+def _cannot_write(out: Path, error: OSError) -> MeiosisError:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MeiosisError(
+            f"{out}: the disk is full or a quota is used up ({error.strerror}); nothing was left behind; "
+            "free some space or choose another disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        return UserError(f"{out}: cannot be written: {error.strerror}{where}; choose a folder of yours")
+    return MeiosisError(
+        f"{out}: cannot be written: {error.strerror or error}{where}; nothing was left behind"
+    )
+
+
+def _write_companions(donor: Checkpoint, folder: Path, written: Written, others: Collection[str]) -> None:
+    """The config, with the dtype that the weights now have, and what else the donor needs but `others`."""
+    theirs = _main_float((info.dtype, info.shape) for info in donor.tensors.values())
+    ours = _main_float((dtype, shape) for _, dtype, shape, _ in written)
+    config = (donor.folder / "config.json").read_bytes()
+    if ours is not None and ours != theirs:
+        changed = _with_dtype(donor.config, TORCH_NAMES[ours])
+        if not {"dtype", "torch_dtype"} & changed.keys():
+            changed["dtype"] = TORCH_NAMES[ours]
+        config = json.dumps(changed, indent=2).encode()
+    write_file(folder / "config.json", [config])
+    for path in sorted([*donor.folder.iterdir(), *donor.folder.glob("additional_chat_templates/*")]):
+        name = path.relative_to(donor.folder).as_posix()
+        wanted = name not in others and name.endswith(COMPANION_SUFFIXES)
+        if wanted and path.is_file() and any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_file(folder / name, [path.read_bytes()])
+
+
+def _main_float(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> str | None:
+    """The floating-point dtype of most elements."""
+    counts: Counter[str] = Counter()
+    for dtype, shape in tensors:
+        if is_floating(dtype):
+            counts[dtype] += math.prod(shape)
+    return max(counts, key=lambda dtype: (counts[dtype], dtype), default=None)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every `dtype` in it set, those of nested text and vision configs included."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value in (None, *TORCH_NAMES.values()):
+            changed[key] = dtype
+        else:
+            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
+    return changed
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(staging: Path, out: Path) -> None:
+    """Rename the finished folder. One that is replaced steps aside first, and comes back if that fails."""
+    if out.exists() and any(out.iterdir()):
+        aside = out.parent / f".{out.name}.replaced-{secrets.token_hex(4)}"
+        out.rename(aside)
+        try:
+            staging.rename(out)
+        except OSError:
+            aside.rename(out)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        staging.rename(out)
+    _sync_folder(out.parent)

@@ -1,0 +1,254 @@
+"""The config of a search: one YAML file, strictly read.
+
+Each section is a pydantic model with a sentence under every key. Unknown keys, wrong types and
+impossible pairs are errors with the line and the nearest valid name, all of them at once.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from search.errors import ConfigError
+from search.yaml_source import YamlSource
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Models(_Section):
+    """The models that take part."""
+
+    base: str = Field(description="checkpoint folder or hub id of the model the sources were fine-tuned from")
+    sources: dict[Name, str] = Field(min_length=1, description="name -> checkpoint folder or hub id of a fine-tune")
+
+    @field_validator("sources")
+    @classmethod
+    def _no_source_is_called_base(cls, sources: dict[str, str]) -> dict[str, str]:
+        if "base" in sources:
+            raise ValueError("'base' names the base model; call this source something else")
+        return sources
+
+
+class GeneRange(_Section):
+    """A parameter that is searched."""
+
+    low: float = Field(allow_inf_nan=False, description="lower bound, inclusive")
+    high: float = Field(allow_inf_nan=False, description="upper bound, inclusive")
+    initial: float | None = Field(None, allow_inf_nan=False, description="where the search starts; by default the middle")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, found low {self.low:g} and high {self.high:g}")
+        if self.initial is not None and not self.low <= self.initial <= self.high:
+            raise ValueError(f"initial {self.initial:g} lies outside of [{self.low:g}, {self.high:g}]")
+        return self
+
+
+SplitKind = Literal["attention", "mlp", "norm", "embedding", "head"]
+
+
+class SpaceConfig(_Section):
+    """What is searched: an operator, and how finely its parameters vary over the model."""
+
+    operator: str = Field("task_arithmetic", description="a name from `meiosis operators`")
+    layers_per_group: int = Field(1, ge=0, description="layers that share genes; 0: all layers share them")
+    split: tuple[SplitKind, ...] = Field(
+        ("attention", "mlp", "norm"), description="parts of a layer, and of the rest, that get genes of their own"
+    )
+    patterns: dict[Name, str] = Field(
+        default_factory=dict,
+        description="group name -> regular expression on tensor names; tensors that match form this group instead",
+    )
+    parameters: dict[str, GeneRange | bool | int | float] = Field(
+        default_factory=dict,
+        description="parameter of the operator -> bounds (searched) or a value (fixed); by default those the "
+        "operator recommends to search are searched",
+    )
+
+    @field_validator("patterns")
+    @classmethod
+    def _compiles(cls, patterns: dict[str, str]) -> dict[str, str]:
+        for name, pattern in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{name}' is not a regular expression: {error}") from error
+        return patterns
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class OptimizerConfig(_Section):
+    """Which optimiser proposes candidates."""
+
+    name: str = Field("diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry")
+    step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
+
+
+class SearchConfig(_Section):
+    """How the population is run."""
+
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = OptimizerConfig()
+    budget: int = Field(200, ge=1, description="candidates to evaluate, generation 0 included")
+    baselines: tuple[str, ...] = Field(
+        ("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties"),
+        description="standard merges in generation 0; the parents always are in it",
+    )
+    order: Literal["ordered", "arrival"] = Field(
+        "ordered", description="ordered: the same history on any number of workers; arrival: results as they come"
+    )
+    window: int | None = Field(None, ge=1, description="candidates in flight; by default twice the workers at the start")
+    finalists: int = Field(5, ge=1, description="best candidates that are scored again on the select items")
+
+
+class ObjectiveTerm(_Section):
+    """One metric that the search improves."""
+
+    metric: str = Field(pattern=r"^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$", description="<evaluator>.<metric>")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="how much it counts")
+
+
+def _as_term(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
+class ObjectivesConfig(_Section):
+    """What is better: a weighted mean of metrics."""
+
+    terms: tuple[Annotated[ObjectiveTerm, BeforeValidator(_as_term)], ...] = Field(min_length=1)
+    normalize: Literal["parents", "none"] = Field(
+        "parents", description="parents: each metric is scaled to best parent = 0, worst parent = 1; none: as it is"
+    )
+
+
+_CONSTRAINT = re.compile(r"^\s*([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*$")
+
+
+class Constraint(_Section):
+    """A bound that a candidate must keep to be feasible."""
+
+    metric: str
+    relation: Literal["<=", ">="]
+    bound: float = Field(allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.relation} {self.bound:g}"
+
+
+def _as_constraint(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = _CONSTRAINT.match(value)
+    if not match:
+        raise ValueError(f"{value!r} is not a constraint; write it as 'evaluator.metric <= number'")
+    return {"metric": match[1], "relation": match[2], "bound": match[3]}
+
+
+class EvaluatorConfig(BaseModel):
+    """One evaluator: `use` names it, the other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    use: str = Field(description="a name from `meiosis evaluators`, or module:Class")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ClusterConfig(_Section):
+    """Where the search runs."""
+
+    pool: Literal["ray", "local"] = Field("ray", description="ray: a process per worker; local: this process, no Ray")
+    workers: int = Field(2, ge=1, le=10_000, description="candidates evaluated at the same time")
+    address: str | None = Field(None, description="address of a running Ray cluster; by default one is started here")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs, or a fraction of one, that a worker reserves")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ...")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="dtype of the merged model; by default that of the base"
+    )
+    trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation")
+
+
+class Config(_Section):
+    """A whole search."""
+
+    name: Name = Field("search", description="first part of the names of its runs")
+    seed: int = Field(0, ge=0, lt=2**32, description="everything random derives from it")
+    models: Models
+    space: SpaceConfig = SpaceConfig()
+    evaluators: dict[Name, EvaluatorConfig] = Field(min_length=1, description="name -> evaluator")
+    objectives: ObjectivesConfig
+    constraints: tuple[Annotated[Constraint, BeforeValidator(_as_constraint)], ...] = ()
+    search: SearchConfig = SearchConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    results: str = Field("results", description="folder of the runs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives_may_be_a_list(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("objectives"), list):
+            return {**data, "objectives": {"terms": data["objectives"]}}
+        return data
+
+
+class LoadedConfig:
+    """A config and the file it came from, so that later faults can still name the line.
+
+    Attributes:
+        config: the validated config.
+        source: the YAML it was read from.
+        folder: relative paths in the config start here.
+    """
+
+    def __init__(self, config: Config, source: YamlSource, folder: Path) -> None:
+        self.config, self.source, self.folder = config, source, folder
+
+    def path(self, text: str) -> str:
+        """A model path or hub id with a relative folder made absolute; hub ids stay as they are."""
+        candidate = (self.folder / Path(text).expanduser()).resolve()
+        looks_local = text.startswith((".", "/", "~")) or candidate.exists()
+        return str(candidate) if looks_local else text
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> LoadedConfig:
+    """Read a config file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value` strings that replace what the file says; the value is YAML.
+
+    Raises:
+        ConfigError: every fault that was found, one per line.
+    """
+    import yaml
+
+    source = YamlSource.read(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: expected key.path=value")
+        try:
+            source.override(key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    return parse_config(source, path.resolve().parent)
+
+
+def parse_config(source: YamlSource, folder: Path) -> LoadedConfig:
+    """Validate a parsed document; see `load_config`."""
+    try:
+        return LoadedConfig(Config.model_validate(source.data), source, folder)
+    except ValidationError as error:
+        raise ConfigError("\n".join(source.faults(error, Config))) from error

@@ -1,0 +1,215 @@
+"""The main loop: ask, submit, collect, record, tell.
+
+Steady state: there is no generation barrier. At most `window` candidates are in flight; whenever a result
+is told, the next candidate is asked. In ordered commit, results are recorded and told in the order of the
+candidates, so what is asked depends on seed and window only, never on timing or on how many workers there
+are. Every ask and every result is on disk before it takes effect; a driver that starts on a history
+replays it and goes on where it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from evaluators.base import ItemPool
+from search.errors import HistoryError, RunError
+from search.pool import Job, Outcome, Pool
+from search.population import Candidate, Population
+from search.progress import Progress
+from search.store.events import Ask, Event, Trial
+from search.store.history import History
+from search.store.spool import Spool
+from search.trials import ask_event, outcome_of, trial_event, usable_metrics
+
+Key = tuple[int, ItemPool]
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far and how wide a search goes: candidates in all, candidates in flight, order of commit."""
+
+    budget: int
+    window: int
+    ordered: bool = True
+
+
+class Driver:
+    """Carries a population through a pool into a history.
+
+    Args:
+        population: fresh; what the history holds is replayed into it.
+        history: open for writing.
+        spool: where results wait that came before their turn.
+        pool: makes the workers; called when the first job must be sent, since a run may need none.
+        limits: budget and window.
+        report: is called with the state after every change.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        history: History,
+        spool: Spool,
+        pool: Callable[[], Pool],
+        limits: Limits,
+        report: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.population, self.history, self.limits = population, history, limits
+        self.trials: dict[Key, Trial] = {}
+        self._spool, self._make_pool, self._report = spool, pool, report
+        self._pool: Pool | None = None
+        self._first_with_recipe: dict[str, int] = {}
+        self._open: dict[Key, None] = {}
+        self._copies: dict[Key, list[Key]] = {}
+        self._progress = Progress(phase="search", total=limits.budget)
+        self.trials.update(replay(history.events(), population))
+        for candidate in population.candidates:
+            self._first_with_recipe.setdefault(candidate.recipe.hash, candidate.id)
+        for trial in self.trials.values():
+            if trial.items == "search":
+                self._note(trial)
+        self._arrived = {outcome.key: outcome for outcome in spool.take_all() if outcome.key not in self.trials}
+
+    def search(self) -> None:
+        """Run the search to its budget."""
+        self._begin("search", self.limits.budget)
+        for candidate in self.population.candidates:
+            if (candidate.id, "search") not in self.trials:
+                self._submit(candidate, "search")
+        self._fill()
+        while self._open:
+            self._collect()
+
+    def score(self, candidates: Sequence[Candidate], items: ItemPool) -> list[Trial]:
+        """Score candidates on other items, each once in the run; in the order given."""
+        missing = [candidate for candidate in candidates if (candidate.id, items) not in self.trials]
+        self._begin(items, len(candidates))
+        self._count(done=len(candidates) - len(missing))
+        for candidate in missing:
+            self._submit(candidate, items)
+        while self._open:
+            self._collect()
+        return [self.trials[candidate.id, items] for candidate in candidates]
+
+    def close(self) -> None:
+        """Release the workers."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _fill(self) -> None:
+        """Ask and submit while the window and the budget have room."""
+        while len(self._open) < self.limits.window and len(self.population.candidates) < self.limits.budget:
+            candidate = self.population.ask()
+            if candidate is None:
+                return
+            self.history.append(ask_event(candidate))
+            self._first_with_recipe.setdefault(candidate.recipe.hash, candidate.id)
+            self._submit(candidate, "search")
+
+    def _submit(self, candidate: Candidate, items: ItemPool) -> None:
+        key = (candidate.id, items)
+        self._open[key] = None
+        if key in self._arrived:
+            return
+        # A recipe that was there before costs nothing: its result is that of the first.
+        original = (self._first_with_recipe[candidate.recipe.hash], items)
+        if original == key:
+            self._workers().submit(Job(candidate.id, candidate.recipe, items, hash_weights=items != "search"))
+        elif original in self.trials:
+            self._arrived[key] = outcome_of(self.trials[original], candidate.id)
+        elif original in self._open:
+            self._copies.setdefault(original, []).append(key)
+        else:
+            self._first_with_recipe[candidate.recipe.hash] = candidate.id
+            self._submit(candidate, items)
+
+    def _collect(self) -> None:
+        """Commit what may be committed; if nothing may, wait for results."""
+        key = self._next_to_commit()
+        if key is not None:
+            self._commit(key)
+            return
+        for outcome in self._workers().wait(POLL_SECONDS):
+            if outcome.key not in self._open:
+                continue
+            self._arrived[outcome.key] = outcome
+            for copy in self._copies.pop(outcome.key, []):
+                self._arrived[copy] = replace(outcome, candidate=copy[0], attempts=0, worker="")
+            if self._next_to_commit() != outcome.key:
+                self._spool.put(outcome)
+        self._show()
+
+    def _next_to_commit(self) -> Key | None:
+        if self.limits.ordered:
+            first = next(iter(self._open))
+            return first if first in self._arrived else None
+        return next((key for key in self._arrived if key in self._open), None)
+
+    def _commit(self, key: Key) -> None:
+        outcome = self._arrived.pop(key)
+        metrics = None if outcome.failure else outcome.metrics
+        trial = trial_event(outcome, self.population.judge(metrics))
+        self.history.append(trial)
+        self._spool.drop(outcome.key)
+        self.trials[key] = trial
+        del self._open[key]
+        if key[1] == "search":
+            self.population.tell(key[0], metrics)
+            self._refuse_without_parents()
+            self._note(trial)
+            self._fill()
+        self._count(done=self._progress.done + 1)
+
+    def _refuse_without_parents(self) -> None:
+        if self.population.parents_failed():
+            first = self.trials[0, "search"]
+            raise RunError(f"no parent could be evaluated, so nothing can be compared with them: {first.failure_message}")
+
+    def _workers(self) -> Pool:
+        if self._pool is None:
+            self._pool = self._make_pool()
+        return self._pool
+
+    def _begin(self, phase: ItemPool, total: int) -> None:
+        done = sum(1 for _, items in self.trials if items == phase)
+        self._progress = replace(self._progress, phase=phase, total=total, done=done)
+        self._show()
+
+    def _note(self, trial: Trial) -> None:
+        best = self._progress.best
+        origin = self.population.candidates[trial.candidate].origin
+        self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
+        if trial.loss is not None and trial.feasible and (best is None or best.loss is None or trial.loss < best.loss):
+            self._progress = replace(self._progress, best=trial, best_origin=origin)
+
+    def _count(self, done: int) -> None:
+        self._progress = replace(self._progress, done=done)
+        self._show()
+
+    def _show(self) -> None:
+        busy, size = (self._pool.busy, self._pool.size) if self._pool else (0, 0)
+        self._report(replace(self._progress, busy=busy, workers=size))
+
+
+def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:
+    """Bring a fresh population to where a history ends; returns the trials.
+
+    Raises:
+        HistoryError: the population asks for something else than what is recorded.
+    """
+    trials: dict[Key, Trial] = {}
+    for event in events:
+        if isinstance(event, Ask):
+            candidate = population.ask()
+            if candidate is None or ask_event(candidate) != event:
+                raise HistoryError(
+                    f"the history does not replay: candidate {event.candidate} was asked differently than it would "
+                    "be now; resume with the versions and on the kind of processor that run.yaml names"
+                )
+        elif isinstance(event, Trial):
+            trials[event.candidate, event.items] = event
+            if event.items == "search":
+                population.tell(event.candidate, usable_metrics(event))
+    return trials

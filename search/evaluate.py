@@ -1,0 +1,44 @@
+"""Score one model with the evaluators of a config, as a worker would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evaluators.base import EvaluatorSpec, ItemPool
+from search.baseline import soup_rule
+from search.checkpoint import open_checkpoint
+from search.config import LoadedConfig
+from search.errors import MeiosisError
+from search.fingerprint import fingerprint, refuse_non_finite
+from search.pool import Job, WorkerPlan
+from search.recipe import ModelRef, Recipe
+from search.setup import BASE, check_evaluators
+
+
+def evaluate_model(
+    model: str, loaded: LoadedConfig, items: ItemPool, report: Callable[[str], None] = lambda _: None
+) -> dict[str, float]:
+    """Metrics of a checkpoint on a pool of items, `<evaluator>.<metric>` -> value.
+
+    Raises:
+        UserError: the model or the config has a fault.
+        MeiosisError: the evaluation failed.
+    """
+    from search.evaluation import Evaluation
+
+    evaluators = check_evaluators(loaded)
+    checkpoint = open_checkpoint(model)
+    print_ = fingerprint(checkpoint, report=report)
+    refuse_non_finite(model, print_)
+    refs = {BASE: ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)}
+    specs = tuple(
+        EvaluatorSpec(name, loaded.config.evaluators[name].use, evaluator.options.model_dump(mode="json"))
+        for name, evaluator in evaluators.items()
+    )
+    cluster = loaded.config.cluster
+    plan = WorkerPlan(refs, BASE, specs, cluster.device, cluster.dtype, cluster.threads, loaded.config.seed)
+    recipe = Recipe(base=BASE, models=refs, rules=(soup_rule((BASE,)),), dtype=cluster.dtype)
+    outcome = Evaluation(plan).run(Job(0, recipe, items))
+    if outcome.failure:
+        raise MeiosisError(f"{model}: {outcome.failure.message}")
+    return dict(outcome.metrics)

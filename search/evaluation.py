@@ -1,0 +1,155 @@
+"""The body of a worker: one candidate, from recipe to scores. No Ray in it.
+
+A worker owns one live model. A candidate is merged straight into its parameters, the evaluators score
+it, and what went wrong with a candidate is its outcome, not the end of the worker.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evaluators.base import Context, Evaluator, Scores
+from evaluators.registry import make_evaluator
+from search.checkpoint import CheckpointTensors, open_checkpoint
+from search.errors import MeiosisError
+from search.fingerprint import hash_tensors
+from search.merge.apply import Merger
+from search.merge.live import build_live_model
+from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+
+
+class Evaluation:
+    """Merges and scores candidates, one after the other.
+
+    Args:
+        plan: models, evaluators, device and threads.
+
+    Raises:
+        MeiosisError: models or evaluators cannot be made ready here.
+    """
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        import torch
+
+        torch.set_num_threads(plan.threads)
+        self.name = f"{platform.node()}/{os.getpid()}"
+        device = resolve_device(plan.device)
+        base = plan.models[plan.base]
+        self._model = build_live_model(Path(base.path), device=device, dtype=plan.dtype)
+        checkpoints = {name: open_checkpoint(ref.path) for name, ref in plan.models.items()}
+        self._merger = Merger(
+            {name: CheckpointTensors(checkpoint) for name, checkpoint in checkpoints.items()},
+            device=device,
+            prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
+            identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+        )
+        self._targets = self._model.targets(checkpoints[plan.base].tensors)
+        context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
+        self._evaluators: dict[str, Evaluator] = {}
+        for spec in plan.evaluators:
+            evaluator = make_evaluator(spec)
+            evaluator.prepare(context)
+            self._evaluators[spec.name] = evaluator
+
+    def run(self, job: Job) -> Outcome:
+        """Evaluate one candidate; never raises for what the candidate or an evaluator did."""
+        import torch
+
+        outcome = Outcome(job.candidate, job.items, worker=self.name)
+        started = time.perf_counter()
+        merged = started
+        try:
+            self._merger.merge_into(job.recipe, self._targets)
+            digest = hash_tensors(self._targets) if job.hash_weights else None
+            merged = time.perf_counter()
+            scores = self._score(job)
+            metrics = self._aggregate(scores)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._merger.invalidate()
+            return self._failed(outcome, "out_of_memory", error, started, merged)
+        except Exception as error:  # noqa: BLE001 - whatever a plug-in raises is the outcome of this trial
+            self._merger.invalidate()
+            return self._failed(outcome, "error", error, started, merged)
+        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        failure = Failure("not_finite", f"{bad[0]} is {metrics[bad[0]]}") if bad else None
+        return Outcome(
+            job.candidate,
+            job.items,
+            scores=scores,
+            metrics=metrics,
+            failure=failure,
+            weights_sha256=digest,
+            merge_seconds=merged - started,
+            evaluate_seconds=time.perf_counter() - merged,
+            worker=self.name,
+        )
+
+    def _score(self, job: Job) -> dict[str, Scores]:
+        import torch
+
+        found = {}
+        with torch.no_grad():
+            for name, evaluator in self._evaluators.items():
+                before = self._model.versions()
+                items = evaluator.items(job.items)
+                found[name] = _complete(name, Scores.join(list(evaluator.evaluate(self._model.module, items))), items)
+                if self._model.versions() != before:
+                    raise MeiosisError(
+                        f"evaluator '{name}' changed the weights of the model; it must work on a copy"
+                    )
+        return found
+
+    def _aggregate(self, scores: Mapping[str, Scores]) -> dict[str, float]:
+        return {
+            f"{name}.{metric}": float(value)
+            for name, evaluator in self._evaluators.items()
+            for metric, value in evaluator.aggregate(scores[name]).items()
+        }
+
+    @staticmethod
+    def _failed(outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float) -> Outcome:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Outcome(
+            outcome.candidate,
+            outcome.items,
+            failure=Failure(kind, message, traceback.format_exc()),
+            merge_seconds=merged - started,
+            evaluate_seconds=time.perf_counter() - merged,
+            worker=outcome.worker,
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` as the device that is there; a device that is asked for and not there is an error.
+
+    Raises:
+        MeiosisError: the config asks for a GPU and this worker sees none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MeiosisError(
+            f"cluster.device is '{device}' but this worker sees no CUDA device; set cluster.device to cpu or auto, "
+            "or cluster.gpus_per_worker so that Ray gives it one"
+        )
+    return device
+
+
+def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:
+    """The scores, if they are those of the items asked for.
+
+    Raises:
+        MeiosisError: missing, additional or repeated items.
+    """
+    expected = list(items)
+    if sorted(scores.items) != sorted(expected):
+        raise MeiosisError(f"evaluator '{name}' scored {len(scores.items)} items, {len(expected)} were asked for")
+    return scores

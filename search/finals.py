@@ -1,0 +1,200 @@
+"""After the search: choose on the select items, certify on items that nothing has seen.
+
+Finalists are scored again on the select items, since the best of many noisy scores flatters itself; the
+winner there, and every baseline, is scored once on the certify items. That is the number that is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from evaluators.base import Evaluator
+from search.bootstrap import Bootstrap, holm
+from search.driver import Driver
+from search.errors import RunError
+from search.population import SEARCHED, Candidate
+from search.store.events import End, Trial
+from search.trials import usable_metrics
+
+SIGNIFICANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table, on the certify items.
+
+    Attributes:
+        label: origin of the candidate.
+        candidate: its id.
+        value: objective, smaller is better; low and high are its 95 % interval.
+        metrics: the metrics of the objective.
+        difference: objective of the winner minus this one (None for the winner itself).
+        p: of that difference, corrected for the number of rows (Holm).
+    """
+
+    label: str
+    candidate: int
+    value: float
+    low: float
+    high: float
+    metrics: Mapping[str, float]
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run ended.
+
+    Attributes:
+        winner: id of the chosen candidate.
+        label: its origin and number.
+        searched: whether the optimiser found it, or it is a baseline that nothing beat on the select items.
+        best_baseline: label of the best baseline on the select items.
+        proven: whether the winner is better than every other row with corrected p below `SIGNIFICANCE`.
+        weights_sha256: hash of the winner's tensors, as they were evaluated.
+        rows: baselines by value, the winner last.
+        unavailable: labels of baselines that could not be evaluated.
+    """
+
+    winner: int
+    label: str
+    searched: bool
+    best_baseline: str
+    proven: bool
+    weights_sha256: str
+    rows: tuple[Row, ...]
+    unavailable: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """The verdict in words."""
+        others = [row for row in self.rows if row.p is not None and row.difference is not None]
+        if not self.searched:
+            return f"No searched merge beat the baseline '{self.label}' on the select items; it is what is exported."
+        behind = [row.label for row in others if (row.difference or 0) >= 0]
+        if behind:
+            return f"The found merge does not beat {', '.join(behind)} on the certify items."
+        unproven = [row.label for row in others if row.p is not None and row.p >= SIGNIFICANCE]
+        if unproven:
+            return (
+                f"The found merge is ahead of every parent and baseline, but against {', '.join(unproven)} "
+                f"that may be chance (p >= {SIGNIFICANCE:g})."
+            )
+        return f"The found merge beats every parent and every baseline (paired bootstrap, Holm, p < {SIGNIFICANCE:g})."
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Verdict:
+        data = json.loads(text)
+        data["rows"] = tuple(Row(**row) for row in data["rows"])
+        data["unavailable"] = tuple(data["unavailable"])
+        return cls(**data)
+
+
+def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int) -> Verdict:
+    """Select, certify and record the end of a run whose search is complete.
+
+    Raises:
+        RunError: nothing that was evaluated is feasible.
+    """
+    candidates = driver.population.candidates
+    baselines = [c for c in candidates if c.genome is None and not c.step]
+    selected = {t.candidate: t for t in driver.score([*_finalists(driver, finalists), *baselines], "select")}
+    searched = [c for c in candidates if c.id in selected and c.origin == SEARCHED]
+    best_searched = _best(driver, searched, selected)
+    best_baseline = _best(driver, baselines, selected)
+    contenders = [c for c in (best_searched, best_baseline) if c is not None]
+    winner = _best(driver, contenders, selected)
+    if winner is None or best_baseline is None:
+        raise RunError(
+            "no candidate keeps the constraints and could be evaluated on the select items; loosen the constraints, "
+            "or export one by number with `meiosis export RUN OUT --trial ID`"
+        )
+    rivals = [c for c in _one_per_family(driver, baselines, selected) if c.id != winner.id]
+    certified = {t.candidate: t for t in driver.score([*rivals, winner], "certify")}
+    verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed)
+    driver.history.append(End(winner.id, verdict.to_json()))
+    return verdict
+
+
+def _finalists(driver: Driver, count: int) -> list[Candidate]:
+    """The best searched candidates on the search items, each recipe once."""
+    ranked = sorted(
+        (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
+        key=lambda c: (driver.trials[c.id, "search"].loss, c.id),
+    )
+    distinct = {c.recipe.hash: c for c in reversed(ranked)}
+    return sorted(distinct.values(), key=ranked.index)[:count]
+
+
+def _loss(driver: Driver, trial: Trial) -> float:
+    return driver.population.objective.judge(usable_metrics(trial)).loss
+
+
+def _best(driver: Driver, candidates: list[Candidate], trials: Mapping[int, Trial]) -> Candidate | None:
+    objective = driver.population.objective
+    feasible = [c for c in candidates if objective.judge(usable_metrics(trials[c.id])).feasible]
+    return min(feasible, key=lambda c: (_loss(driver, trials[c.id]), c.id), default=None)
+
+
+def _one_per_family(driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]) -> list[Candidate]:
+    """Parents one by one; of a baseline with several settings the best on the select items."""
+    families: dict[str, Candidate] = {}
+    for candidate in baselines:
+        family = candidate.origin.split(" ")[0]
+        known = families.get(family)
+        if known is None or _loss(driver, trials[candidate.id]) < _loss(driver, trials[known.id]):
+            families[family] = candidate
+    return list(families.values())
+
+
+def _verdict(
+    driver: Driver,
+    evaluators: Mapping[str, Evaluator],
+    winner: Candidate,
+    best_baseline: Candidate,
+    rivals: list[Candidate],
+    certified: Mapping[int, Trial],
+    seed: int,
+) -> Verdict:
+    objective = driver.population.objective
+    if certified[winner.id].failure_kind:
+        raise RunError(f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}")
+    usable = [c for c in rivals if usable_metrics(certified[c.id]) is not None]
+    shown = [*usable, winner]
+    bootstrap = Bootstrap(objective, evaluators, {c.id: certified[c.id].scores for c in shown}, seed)
+    value = {c.id: objective.value(certified[c.id].metrics) for c in shown}
+    compared = {c.id: bootstrap.compare(winner.id, c.id, value[winner.id] - value[c.id]) for c in usable}
+    corrected = dict(zip(compared, holm([comparison.p for comparison in compared.values()]), strict=True))
+    names = [term.metric for term in objective.terms]
+    rows = []
+    for c in [*sorted(usable, key=lambda c: -value[c.id]), winner]:
+        low, high = bootstrap.interval(c.id)
+        metrics = {name: certified[c.id].metrics[name] for name in names}
+        label = _label(c)
+        if c.id == winner.id:
+            rows.append(Row(label, c.id, value[c.id], low, high, metrics))
+        else:
+            d = compared[c.id]
+            rows.append(Row(label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]))
+    return Verdict(
+        winner=winner.id,
+        label=_label(winner),
+        searched=winner.origin == SEARCHED,
+        best_baseline=best_baseline.origin,
+        proven=winner.origin == SEARCHED
+        and all(row.p < SIGNIFICANCE and row.difference < 0 for row in rows if row.p is not None and row.difference is not None),
+        weights_sha256=certified[winner.id].weights_sha256 or "",
+        rows=tuple(rows),
+        unavailable=tuple(c.origin for c in rivals if c not in usable),
+    )
+
+
+def _label(candidate: Candidate) -> str:
+    return f"found merge (trial {candidate.id})" if candidate.origin == SEARCHED else candidate.origin

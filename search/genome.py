@@ -1,0 +1,54 @@
+"""Genes and genomes: what the optimiser moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One searched number.
+
+    Attributes:
+        name: `<group>.<source>.<parameter>`, or `<group>.<parameter>` for a shared one.
+        low, high: bounds of the value.
+        initial: value at which the search starts.
+        kind: `int` values are rounded, `bool` values are true from 0.5 on.
+    """
+
+    name: str
+    low: float
+    high: float
+    initial: float
+    kind: Literal["float", "int", "bool"] = "float"
+
+    def value(self, coordinate: float) -> float | int | bool:
+        """The value at a coordinate in [0, 1]."""
+        value = self.low + coordinate * (self.high - self.low)
+        if self.kind == "bool":
+            return value >= 0.5
+        return round(value) if self.kind == "int" else min(max(value, self.low), self.high)
+
+    def coordinate(self, value: float) -> float:
+        """The coordinate of a value, clipped to [0, 1]."""
+        return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Genome:
+    """A point of a space: one coordinate in [0, 1] for each gene, in the order of `Space.genes`."""
+
+    coordinates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, vector: NDArray[np.float64]) -> Genome:
+        """A genome from an optimiser's vector, shape (n_genes,)."""
+        return cls(tuple(float(x) for x in vector))
+
+    def vector(self) -> NDArray[np.float64]:
+        """The coordinates as (n_genes,) float64."""
+        return np.asarray(self.coordinates, dtype=np.float64)

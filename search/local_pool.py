@@ -1,0 +1,165 @@
+"""The pool in this process: no Ray, no other process, one job after another.
+
+It serves tests, debugging and small searches, and says what every pool does with the body of a
+worker: how it is found, what becomes of what it raises, and what counts as an outcome.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any, Protocol, cast
+
+from evaluators.base import ItemPool, Scores
+from search.pool import Failure, Job, Outcome, WorkerPlan
+
+DEFAULT_BODY = "search.evaluation:Evaluation"
+
+
+class Body(Protocol):
+    """What a worker is made of: constructed once with the plan, then run job by job."""
+
+    def run(self, job: Job) -> Outcome:
+        """The outcome of a job. Failures of a candidate are outcomes; what is raised is a defect."""
+
+
+def make_body(dotted: str, plan: WorkerPlan) -> Body:
+    """The body named by `module:Class`, constructed with the plan; its errors pass through."""
+    module, _, name = dotted.partition(":")
+    return cast(Body, getattr(importlib.import_module(module), name)(plan))
+
+
+def run_body(body: Body, job: Job) -> Outcome:
+    """Run a job and return a checked outcome, whatever the body raises or returns.
+
+    `SystemExit` is caught as well: a plug-in that calls `sys.exit` fails its candidate, not the run.
+    """
+    try:
+        return checked(body.run(job), job)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded as the failure of this trial
+        return failed(job, Failure("error", one_line(error), traceback.format_exc()))
+
+
+def failed(job: Job, failure: Failure, worker: str = "", attempts: int = 1) -> Outcome:
+    """The outcome of a job that has no scores."""
+    return Outcome(job.candidate, job.items, failure=failure, worker=worker, attempts=attempts)
+
+
+def one_line(error: BaseException) -> str:
+    """`TypeError: first line of the message`."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def checked(outcome: object, job: Job) -> Outcome:
+    """The outcome with plain floats for metrics.
+
+    Raises:
+        TypeError: not an `Outcome`, or parts of it have other types than it declares.
+        ValueError: the outcome of another job, or scores whose lengths disagree.
+    """
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"the worker returned {type(outcome).__name__}, expected Outcome")
+    if outcome.key != job.key:
+        raise ValueError(f"the worker returned the outcome of {outcome.key}, expected that of {job.key}")
+    if not (outcome.failure is None or isinstance(outcome.failure, Failure)):
+        raise TypeError(f"outcome.failure is {type(outcome.failure).__name__}, expected Failure or None")
+    if outcome.failure is not None and (outcome.scores or outcome.metrics):
+        raise ValueError("the outcome has a failure and scores; expected one of them")
+    if not (isinstance(outcome.metrics, Mapping) and isinstance(outcome.scores, Mapping)):
+        raise TypeError("outcome.metrics and outcome.scores must be mappings")
+    untrusted: Mapping[Any, Any] = outcome.metrics
+    metrics: dict[str, float] = {}
+    for name, value in untrusted.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"outcome.metrics[{name!r}] is {type(value).__name__}, expected a float")
+        metrics[name] = float(value)
+    for name, scores in outcome.scores.items():
+        if not isinstance(name, str) or not isinstance(scores, Scores):
+            raise TypeError(f"outcome.scores[{name!r}] is {type(scores).__name__}, expected Scores")
+        lengths = {len(scores.items), len(scores.weights), *map(len, scores.values.values())}
+        if len(lengths) > 1:
+            raise ValueError(f"outcome.scores[{name!r}] has {sorted(lengths)} items, weights and values")
+    return replace(outcome, metrics=metrics)
+
+
+class LocalPool:
+    """Runs jobs inside `wait`, one per call, in the order of submission.
+
+    An exception that must end the program (`KeyboardInterrupt`) passes through `wait`; the job it
+    hit stays queued and is run again by the next call.
+
+    Args:
+        plan: what the body is constructed with, at once: its errors come out of the constructor.
+        workers: what `size` says. Nothing runs in parallel; a driver that sizes its window by the
+            pool makes the same history here as on as many real workers.
+        body: class of the worker's body as `module:Class`.
+    """
+
+    def __init__(self, plan: WorkerPlan, workers: int = 1, body: str = DEFAULT_BODY) -> None:
+        self._size = workers
+        self._queue: deque[Job] = deque()
+        self._running = False
+        self._body: Body | None = make_body(body, plan)
+
+    @property
+    def size(self) -> int:
+        """As many workers as asked for; see the class."""
+        return self._size
+
+    @property
+    def busy(self) -> int:
+        """1 inside a job, else 0."""
+        return int(self._running)
+
+    def ready(self) -> None:
+        """Nothing to wait for: the body was made by the constructor."""
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            ValueError: a job with this key is queued already, or the pool is closed.
+        """
+        if self._body is None:
+            raise ValueError("this pool is closed")
+        if any(queued.key == job.key for queued in self._queue):
+            raise ValueError(f"job {job.key} was submitted twice")
+        self._queue.append(job)
+
+    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
+        """The outcome of the next job, run now and to its end; nothing if none is queued.
+
+        `timeout` has no effect: a job in this process cannot be left before it ends.
+        """
+        if not self._queue or self._body is None:
+            return ()
+        job = self._queue[0]
+        self._running = True
+        try:
+            outcome = run_body(self._body, job)
+        finally:
+            self._running = False
+        if not self._queue or self._queue[0] is not job:  # cancelled by something that the job called
+            return ()
+        self._queue.popleft()
+        return (replace(outcome, worker="local", attempts=1),)
+
+    def cancel(self, key: tuple[int, ItemPool]) -> None:
+        """Forget a job."""
+        self._queue = deque(job for job in self._queue if job.key != key)
+
+    def close(self) -> None:
+        """Let go of the body, and with it of the model."""
+        self._queue.clear()
+        self._body = None
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

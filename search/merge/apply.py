@@ -1,0 +1,278 @@
+"""The walk over the tensors of a recipe: merged block by block, in place, and only what changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from search.errors import RecipeError, nearest
+from search.merge.check import BoundRule, bind_rules
+from search.merge.inputs import RecentValues, Scratch, TensorInputs
+from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS, ROW_ELEMENTS
+from search.merge.prepared import Prepared, PreparedFolder
+from search.merge.sources import TensorSource
+from search.merge.tensor_checks import MERGED_DTYPES, check_dtypes, check_shapes, copy_identical
+from search.merge.writing import version_of, write_range
+from search.recipe import Recipe
+
+CACHED_VALUES = 1 << 16
+"""Thresholds and norms kept between candidates; each takes about 200 bytes."""
+
+
+@dataclass(frozen=True)
+class MergeStats:
+    """What one merge did: tensors written and left alone, time, and bytes of sources read."""
+
+    written: int
+    skipped: int
+    seconds: float
+    bytes_read: int
+
+
+class _Written(NamedTuple):
+    """What a target holds. The tensor is kept, so that its memory cannot become another one's."""
+
+    fingerprint: tuple[object, ...]
+    target: Tensor
+    version: int
+
+
+class Merger:
+    """Merges recipes over a fixed set of models.
+
+    The result depends on the recipe and the models alone: not on what the targets held before, on the
+    block size, on the number of threads or on earlier merges. Not for use by several threads at once.
+
+    Args:
+        models: model name -> tensors. Must not change while the merger lives.
+        device: where `merge_tensors` computes; `merge_into` computes where each target is.
+        block_elements: elements per block, rounded up to a multiple of 1024; by default what is
+            fastest on the device.
+        prepared_folder: node-local folder in which workers share what operators prepare.
+        identity: model name -> content hash. Without one for a model, what is prepared for it stays
+            in this process.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, TensorSource],
+        *,
+        device: str | torch.device = "cpu",
+        block_elements: int | None = None,
+        prepared_folder: Path | None = None,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        self._models = dict(models)
+        self._names = {model: frozenset(source.names) for model, source in self._models.items()}
+        self._device = torch.device(device)
+        self._block_elements = block_elements
+        self._folder = PreparedFolder(Path(prepared_folder)) if prepared_folder is not None else None
+        self._identity = dict(identity or {})
+        self._scratch = Scratch()
+        self._cache = RecentValues(CACHED_VALUES)
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
+        self._written: dict[str, _Written] = {}
+
+    def merge_into(self, recipe: Recipe, targets: Mapping[str, Tensor]) -> MergeStats:
+        """Write the merge into given tensors, leaving alone those that hold it already.
+
+        Args:
+            targets: tensor name -> tensor of the right shape, with any dtype, device and strides, such
+                as a live model's parameters and views into them. A subset of the donor's tensors.
+
+        Raises:
+            RecipeError: the recipe does not fit its operators or its models.
+            CheckpointError: tensors whose shapes differ, or that are stored in a type not merged yet.
+        """
+        began = time.perf_counter()
+        rules = self._assign(recipe, targets)
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        written = bytes_read = 0
+        with torch.no_grad():
+            for name, rule in rules.items():
+                fingerprint = (*rule.fingerprint, dtype)
+                if self._holds(name, fingerprint, targets[name]):
+                    continue
+                self._written.pop(name, None)  # a merge that fails half-way leaves nothing to trust
+                bytes_read += self._merge(name, rule, targets[name], dtype)
+                written += 1
+                self._written[name] = _Written(fingerprint, targets[name], 0)
+            # Views of one parameter count their writes together, so versions are taken at the end.
+            for name in rules:
+                self._written[name] = self._written[name]._replace(version=version_of(targets[name]))
+        return MergeStats(written, len(rules) - written, time.perf_counter() - began, bytes_read)
+
+    def merge_tensors(
+        self, recipe: Recipe, names: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The merged tensors one by one, each newly allocated, with the bits of `merge_into`.
+
+        Args:
+            names: which of the donor's tensors; by default all, in the donor's order. The dtype is the
+                recipe's, or else that of the donor's tensor.
+
+        Raises: as `merge_into`.
+        """
+        donor = self._models[self._known(recipe.donor)]
+        wanted = list(donor.names if names is None else names)
+        rules = self._assign(recipe, wanted)
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        for name in wanted:
+            like = self._get(recipe.donor, name)
+            keep = dtype is None or not like.dtype.is_floating_point
+            merged = torch.empty(like.shape, dtype=like.dtype if keep else dtype, device=self._device)
+            with torch.no_grad():
+                self._merge(name, rules[name], merged, None)
+            yield name, merged
+
+    def invalidate(self) -> None:
+        """Forget what the targets hold: the next merge writes every tensor."""
+        self._written.clear()
+
+    def _assign(self, recipe: Recipe, names: Iterable[str]) -> dict[str, BoundRule]:
+        """Tensor name -> checked rule, for `names`, in the order of the donor."""
+        bound = bind_rules(recipe)
+        for model, ref in recipe.models.items():
+            held = self._identity.get(self._known(model))
+            if held is not None and ref.sha256 is not None and held != ref.sha256:
+                raise RecipeError(
+                    f"models.{model}.sha256: the recipe wants the weights {ref.sha256[:12]}, "
+                    f"those here are {held[:12]}; point it at the model it was made from"
+                )
+        position = {id(rule): index for index, rule in enumerate(recipe.rules)}
+        donor_names = list(self._models[recipe.donor].names)
+        assigned = recipe.assign(donor_names)
+        wanted = set(names)
+        unknown = sorted(wanted - set(donor_names))
+        if unknown:
+            raise RecipeError(
+                f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], donor_names)}"
+            )
+        return {name: bound[position[id(rule)]] for name, rule in assigned.items() if name in wanted}
+
+    def _holds(self, name: str, fingerprint: tuple[object, ...], target: Tensor) -> bool:
+        """Whether the last merge left just this in this memory, and nobody wrote there since."""
+        last = self._written.get(name)
+        return (
+            last is not None
+            and last.fingerprint == fingerprint
+            and last.target.data_ptr() == target.data_ptr()
+            and last.target.shape == target.shape
+            and last.target.stride() == target.stride()
+            and last.target.dtype == target.dtype
+            and last.target.device == target.device
+            and last.version == version_of(target)
+        )
+
+    def _merge(self, name: str, rule: BoundRule, target: Tensor, dtype: torch.dtype | None) -> int:
+        """Merge one tensor, rounded to `dtype` on the way if given; returns the bytes read."""
+        tensors = {model: self._get(model, name) for model in rule.models}
+        check_shapes(name, tensors, tuple(target.shape))
+        target = target.detach()
+        if not any(tensor.dtype.is_floating_point for tensor in tensors.values()):
+            return copy_identical(name, tensors, target)
+        check_dtypes(name, tensors)
+        device = target.device
+        prepared = self._prepare(name, rule, tensors, device)
+        inputs = self._inputs(name, rule, rule.sources, tensors, device)
+        apply = rule.operator.bind(inputs, prepared, rule.per_source, rule.shared)
+        rounded = dtype is not None and dtype not in (target.dtype, inputs.dtype)
+        direct = target.dtype == inputs.dtype and target.is_contiguous() and not rounded
+        for block in inputs.blocks():
+            if direct:
+                apply(block, target.view(-1)[block.start : block.stop])
+                continue
+            out = inputs.output(block.stop - block.start)
+            apply(block, out)
+            write_range(target, block.start, out.to(dtype) if rounded else out)
+        return inputs.bytes_read
+
+    def _inputs(
+        self,
+        name: str,
+        rule: BoundRule,
+        sources: tuple[str, ...],
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> TensorInputs:
+        default = BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+        rows = -(-(self._block_elements or default) // ROW_ELEMENTS)
+        return TensorInputs(
+            name=name,
+            models=sources,
+            sources=tuple(tensors[source] for source in sources),
+            base=rule.base,
+            base_tensor=None if rule.base is None else tensors[rule.base],
+            seed=rule.seed or 0,
+            device=device,
+            block_elements=rows * ROW_ELEMENTS,
+            scratch=self._scratch,
+            cache=self._cache,
+        )
+
+    def _prepare(
+        self, name: str, rule: BoundRule, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> tuple[Mapping[str, Tensor], ...]:
+        """What the operator prepared for this tensor, computed or loaded when first asked for."""
+        match rule.operator.prepares:
+            case "nothing":
+                return ()
+            case "each_source":
+                sets: list[tuple[str, ...]] = [(source,) for source in rule.sources]
+            case "all_sources":
+                sets = [rule.sources]
+        prepared = []
+        for sources in sets:
+            key = (rule.name, sources, rule.base)
+            if key not in self._prepared:
+                self._prepared[key] = self._load_prepared(rule, sources, device)
+            known = self._prepared[key]
+            if name not in known:
+                inputs = self._inputs(name, rule, sources, tensors, device)
+                known[name] = rule.operator.prepare(inputs)
+            prepared.append(known[name])
+        return tuple(prepared)
+
+    def _load_prepared(self, rule: BoundRule, sources: tuple[str, ...], device: torch.device) -> Prepared:
+        """What the node has for these sources, all tensors at once; empty where it is not shared."""
+        models = sources if rule.base is None else (*sources, rule.base)
+        if self._folder is None or any(model not in self._identity for model in models):
+            return {}
+        kind = type(rule.operator)
+        facts = {
+            "operator": f"{kind.__module__}.{kind.__qualname__}",
+            "version": kind.prepared_version,
+            "sources": [self._identity[source] for source in sources],
+            "base": self._identity[rule.base] if rule.base is not None else None,
+        }
+
+        def compute() -> Prepared:
+            prepared: Prepared = {}
+            shared = set.intersection(*(set(self._names[model]) for model in models))
+            for name in (name for name in self._models[sources[0]].names if name in shared):
+                tensors = {model: self._get(model, name) for model in models}
+                mergeable = all(tensor.dtype in MERGED_DTYPES for tensor in tensors.values())
+                if mergeable and len({tensor.shape for tensor in tensors.values()}) == 1:
+                    prepared[name] = rule.operator.prepare(self._inputs(name, rule, sources, tensors, device))
+            return prepared
+
+        return self._folder.load(facts, compute)
+
+    def _known(self, model: str) -> str:
+        if model not in self._models:
+            raise RecipeError(f"models: no model called '{model}' was opened{nearest(model, self._models)}")
+        return model
+
+    def _get(self, model: str, name: str) -> Tensor:
+        if name not in self._names[self._known(model)]:
+            raise RecipeError(
+                f"model '{model}' has no tensor '{name}', which the recipe merges from it; "
+                "take that tensor by a rule of its own from models that have it"
+            )
+        return self._models[model].get(name)

@@ -1,0 +1,138 @@
+"""The sources of one output tensor, read block by block without fresh memory."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.merge.operator import ROW_ELEMENTS, Block
+
+
+class RecentValues(MutableMapping[Hashable, Any]):
+    """A mapping of at most `limit` entries; the one unused for longest goes first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __getitem__(self, key: Hashable) -> Any:
+        value = self._values[key]
+        self._values.move_to_end(key)
+        return value
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        self._values[key] = value
+        self._values.move_to_end(key)
+        while len(self._values) > self._limit:
+            self._values.popitem(last=False)
+
+    def __delitem__(self, key: Hashable) -> None:
+        del self._values[key]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Scratch:
+    """Buffers by name, allocated once: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, key: str, dtype: torch.dtype, device: torch.device, elements: int) -> Tensor:
+        """(elements,) with arbitrary content; the next `get` of the same key shares its memory."""
+        place = (key, dtype, device)
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._buffers[place] = torch.empty(elements, dtype=dtype, device=device)
+        return buffer[:elements]
+
+
+class TensorInputs:
+    """One output tensor's sources (implements `search.merge.operator.Inputs`).
+
+    Args:
+        sources: the sources' tensors, all of one shape, in the order of `models`.
+        base_tensor: the base's tensor, where the operator needs it.
+        block_elements: a multiple of `ROW_ELEMENTS`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        models: tuple[str, ...],
+        sources: tuple[Tensor, ...],
+        base: str | None,
+        base_tensor: Tensor | None,
+        seed: int,
+        device: torch.device,
+        block_elements: int,
+        scratch: Scratch,
+        cache: MutableMapping[Hashable, Any],
+    ) -> None:
+        self.name, self.models, self.base, self.seed, self.device, self.cache = (
+            name,
+            models,
+            base,
+            seed,
+            device,
+            cache,
+        )
+        self.shape = tuple(sources[0].shape)
+        every = [*sources] if base_tensor is None else [*sources, base_tensor]
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in every) else torch.float32
+        self.bytes_read = 0
+        self._flat = [tensor.reshape(-1) for tensor in sources]
+        self._flat_base = None if base_tensor is None else base_tensor.reshape(-1)
+        self._scratch = scratch
+        rows = -(-self.numel // ROW_ELEMENTS)
+        self._step = min(block_elements, max(1, rows) * ROW_ELEMENTS)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def blocks(self) -> Iterator[Block]:
+        for start in range(0, self.numel, self._step):
+            stop = min(start + self._step, self.numel)
+            yield Block(
+                start,
+                stop,
+                None if self._flat_base is None else self._read("base", self._flat_base, start, stop),
+                tuple(self._read(f"source {i}", flat, start, stop) for i, flat in enumerate(self._flat)),
+            )
+
+    def scratch(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._scratch.get(f"operator {key}", dtype or self.dtype, self.device, self._step)
+
+    def output(self, elements: int) -> Tensor:
+        """Where a block of the output goes that cannot be computed in its place."""
+        return self._scratch.get("output", self.dtype, self.device, self._step)[:elements]
+
+    def _read(self, key: str, flat: Tensor, start: int, stop: int) -> Tensor:
+        part = flat[start:stop]
+        self.bytes_read += part.numel() * part.element_size()
+        if part.dtype == self.dtype and part.device == self.device:
+            return part
+        return self._scratch.get(key, self.dtype, self.device, self._step)[: stop - start].copy_(part)
+
+
+def row_sums(values: Tensor) -> list[float]:
+    """Sums of consecutive rows of `ROW_ELEMENTS`, in float64.
+
+    Add them with `math.fsum`: the total then depends neither on the block size nor on threads.
+    """
+    whole = values.numel() // ROW_ELEMENTS * ROW_ELEMENTS
+    sums: list[float] = values[:whole].view(-1, ROW_ELEMENTS).sum(1, dtype=torch.float64).tolist()
+    if whole < values.numel():
+        sums.append(float(values[whole:].sum(dtype=torch.float64)))
+    return sums

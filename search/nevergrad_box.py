@@ -1,0 +1,164 @@
+"""nevergrad on a flat unit box: our decoder gives the numbers their meaning, names and bounds."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from search.errors import UserError, nearest
+from search.optimizer import MakeOptimizer, Problem, Vector
+
+_SELECTORS = re.compile(r"^(NGO|Ng|NGDS|Meta|SuperNg|HyperOpt|Wiz|CSEC|SplitCSEC|Carola|[Pp]Carola|FCarola)|MetaModel|Neural|SVM|RF")
+"""Families that choose their method by dimension, budget and workers, and can reach a surrogate model."""
+
+_TPA_DIMENSION = 300
+_REHEARSAL = 40
+
+
+class NevergradBox:
+    """An optimiser of nevergrad behind `search.optimizer.Optimizer`.
+
+    BLAS runs on one thread inside, since CMA's asks depend on the number of threads.
+
+    Args:
+        make: called with (parametrization, budget, num_workers).
+    """
+
+    def __init__(self, make: Any, problem: Problem) -> None:
+        import nevergrad as ng
+
+        # Bounds by clipping of the coordinate keep the box flat; nevergrad's own RandomState, never global.
+        array = ng.p.Array(init=problem.start.copy(), lower=0.0, upper=1.0)
+        array.random_state = np.random.RandomState(problem.seed)
+        with _one_blas_thread():
+            self._optimizer = make(array, budget=problem.budget, num_workers=problem.window)
+        self._suggested: deque[Vector] = deque()
+        self._asked: dict[bytes, deque[Any]] = {}
+
+    def suggest(self, point: Vector) -> None:
+        self._suggested.append(point)
+
+    def ask(self) -> Vector:
+        with _one_blas_thread():
+            if self._suggested:
+                # nevergrad's queue of suggestions is last in, first out: hand them over one by one.
+                self._optimizer.suggest(self._suggested.popleft())
+            candidate = self._optimizer.ask()
+        point = np.asarray(candidate.value, dtype=np.float64)
+        self._asked.setdefault(point.tobytes(), deque()).append(candidate)
+        return point
+
+    def tell(self, point: Vector, loss: float) -> None:
+        waiting = self._asked[point.tobytes()]
+        candidate = waiting.popleft()
+        if not waiting:
+            del self._asked[point.tobytes()]
+        with _one_blas_thread():
+            self._optimizer.tell(candidate, loss)
+
+    def parts(self) -> set[str]:
+        """Names of the classes of all optimisers inside this one, its own and their bases included."""
+        from nevergrad.optimization.base import ConfiguredOptimizer, Optimizer
+
+        names: set[str] = set()
+        pending: list[Any] = [self._optimizer]
+        seen: set[int] = set()
+        while pending:
+            part = pending.pop()
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            if isinstance(part, (list, tuple)):
+                pending += part
+            elif isinstance(part, ConfiguredOptimizer):
+                names.add(part.name)
+                pending += [part._OptimizerClass, *part.__dict__.values()]
+            elif isinstance(part, type) and issubclass(part, Optimizer):
+                names.update(base.__name__ for base in part.__mro__)
+            elif isinstance(part, Optimizer):
+                names.update(base.__name__ for base in type(part).__mro__)
+                pending += part.__dict__.values()
+        return {name.lstrip("_") for name in names}
+
+
+def _one_blas_thread() -> Any:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1)
+
+
+def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
+    """The maker for a name of nevergrad's registry.
+
+    The maker raises `UserError` too: what a portfolio consists of, and whether a method works with this
+    many genes and candidates in flight, is seen only in an instance.
+
+    Raises:
+        UserError: unknown, or refused; the message says why and what to use.
+    """
+    import nevergrad as ng
+
+    registry = ng.optimizers.registry
+    if name not in registry:
+        raise UserError(f"unknown optimizer '{name}'{nearest(name, [*ours, *registry])}")
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"optimizer '{name}' is refused: {reason}; use diagonal_cma, or TwoPointsDE")
+
+    reason = refusal(name, registry[name])
+    if reason:
+        raise refuse(reason)
+
+    def make(problem: Problem) -> NevergradBox:
+        if len(problem.start) >= _TPA_DIMENSION and "CMA" in name:
+            raise refuse(
+                f"from {_TPA_DIMENSION} genes on (here {len(problem.start)}) its step-size rule fails with "
+                "candidates in flight"
+            )
+        try:
+            box = NevergradBox(registry[name], problem)
+            inside = next((reason for part in sorted(box.parts()) if (reason := refusal(part))), None)
+            if inside:
+                raise refuse(f"it contains another that is: {inside}")
+            if rehearse(registry[name], problem) != rehearse(registry[name], problem):
+                raise refuse("it does not repeat its asks from a seed, so a run with it cannot be resumed")
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - 540 entries fail in as many ways, each a refusal
+            raise refuse(f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}") from error
+        return box
+
+    return make
+
+
+def rehearse(make: Any, problem: Problem) -> bytes:
+    """The asks of a short run on a sphere with the window full, to be compared with a second one."""
+    box = NevergradBox(make, problem)
+    asked, open_ = [], deque[Vector]()
+    for _ in range(min(_REHEARSAL, problem.budget)):
+        open_.append(box.ask())
+        asked.append(open_[-1].tobytes())
+        if len(open_) >= problem.window:
+            told = open_.popleft()
+            box.tell(told, float(((told - 0.7) ** 2).sum()))
+    return b"".join(asked)
+
+
+def refusal(name: str, entry: Any = None) -> str | None:
+    """Why an optimiser of nevergrad cannot carry a search, or None.
+
+    Args:
+        name: registered name, or name of the class of a part.
+        entry: its entry in the registry, None for a part.
+    """
+    if _SELECTORS.search(name):
+        return "it can hand over to a surrogate model that crashes in mid-run with numpy 2.3 and later"
+    if getattr(entry, "recast", False) or "Recast" in name:
+        return "it runs a foreign minimiser in a thread that cannot be replayed and may never end"
+    if getattr(entry, "one_shot", False):
+        return "it draws all its points before the first result, so it does not search"
+    return None

@@ -1,0 +1,168 @@
+"""The population: generation 0, then an optimiser, behind one ask and tell.
+
+Everything it asks is a function of the space, the seed and the order of asks and tells, so a history
+replays through a fresh one. Generation 0 comes first and ends with a wait for its last results, because
+the optimiser starts at the best of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from search.baseline import BASELINES, Generation0, Proposal, parent_label, soup_rule
+from search.genome import Genome
+from search.objective import Judgement, Objective
+from search.optimizer import MakeOptimizer, Optimizer, Problem
+from search.recipe import Recipe
+from search.seeds import derive_seed
+from search.space import Space
+
+BASE_LABEL = "base"
+SEARCHED = "search"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe with an id and an origin.
+
+    Attributes:
+        id: number in the run, from 0, in the order of asking.
+        origin: label of generation 0 (`parent:x`, `uniform_soup`, ...), or `search`.
+        recipe: the merge.
+        genome: where it came from, for candidates of the optimiser.
+        step: generation 0 only: an attempt inside a baseline, no result of its own.
+    """
+
+    id: int
+    origin: str
+    recipe: Recipe
+    genome: Genome | None = None
+    step: bool = False
+
+
+class Population:
+    """Asks for candidates and learns from their metrics.
+
+    Args:
+        space: where the optimiser searches.
+        objective: not yet normalised; that happens when the parents are known.
+        baselines: names, in order.
+        make_optimizer: from `optimizer_named`.
+        budget, window, seed, step: see `Problem`.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        objective: Objective,
+        baselines: tuple[str, ...],
+        make_optimizer: MakeOptimizer,
+        *,
+        budget: int,
+        window: int,
+        seed: int,
+        step: float,
+    ) -> None:
+        self._space, self.objective = space, objective
+        self._make_optimizer = make_optimizer
+        self._budget, self._window, self._seed, self._step = budget, window, seed, step
+        self._candidates: list[Candidate] = []
+        self._metrics: dict[int, Mapping[str, float] | None] = {}
+        self._labels: dict[str, int] = {}
+        self._weights: dict[int, Mapping[str, float]] = {}
+        known = Generation0(space.sources, self._loss_of_label)
+        self._waiting = [iter(self._parents()), *(BASELINES.get(name)(known) for name in baselines)]
+        self._optimizer: Optimizer | None = None
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All that were asked so far, by id."""
+        return tuple(self._candidates)
+
+    def ask(self) -> Candidate | None:
+        """The next candidate; None when it depends on results that are still out."""
+        proposal = self._next_proposal()
+        if proposal is not None:
+            return self._add_proposal(proposal)
+        if self._optimizer is None:
+            if self._waiting or len(self._metrics) < len(self._candidates):
+                return None
+            self._optimizer = self._start_optimizer()
+        genome = Genome.of(self._optimizer.ask())
+        return self._add(Candidate(len(self._candidates), SEARCHED, self._space.decode(genome), genome))
+
+    def tell(self, candidate: int, metrics: Mapping[str, float] | None) -> None:
+        """The metrics of a candidate, None for a failure. Call in the order of the history."""
+        self._metrics[candidate] = metrics
+        if self.objective.needs_parents and self._parents_are_known():
+            found = [metrics for id_ in self._parent_ids() if (metrics := self._metrics[id_]) is not None]
+            if found:
+                self.objective = self.objective.against(found)
+        asked = self._candidates[candidate]
+        if self._optimizer is not None and asked.genome is not None:
+            self._optimizer.tell(asked.genome.vector(), self.objective.judge(metrics).loss)
+
+    def judge(self, metrics: Mapping[str, float] | None) -> Judgement | None:
+        """Loss and feasibility, or None while the parents that normalise them are not all told."""
+        return None if self.objective.needs_parents else self.objective.judge(metrics)
+
+    def parents_failed(self) -> bool:
+        """Whether every parent was told and none could be evaluated."""
+        return self._parents_are_known() and all(self._metrics[id_] is None for id_ in self._parent_ids())
+
+    def _parents(self) -> Iterator[Proposal | None]:
+        sources = self._space.sources
+        for source in sources:
+            weights = {other: float(other == source) for other in sources}
+            yield Proposal(parent_label(source), soup_rule((source,)), weights)
+        yield Proposal(BASE_LABEL, soup_rule((BASE_LABEL,)), dict.fromkeys(sources, 0.0))
+
+    def _next_proposal(self) -> Proposal | None:
+        for generator in list(self._waiting):
+            try:
+                proposal = next(generator)
+            except StopIteration:
+                self._waiting.remove(generator)
+                continue
+            if proposal is not None:
+                return proposal
+        return None
+
+    def _add_proposal(self, proposal: Proposal) -> Candidate:
+        id_ = len(self._candidates)
+        self._labels[proposal.label] = id_
+        if proposal.weights is not None:
+            self._weights[id_] = proposal.weights
+        return self._add(Candidate(id_, proposal.label, self._space.recipe((proposal.rule,)), step=proposal.step))
+
+    def _add(self, candidate: Candidate) -> Candidate:
+        self._candidates.append(candidate)
+        return candidate
+
+    def _start_optimizer(self) -> Optimizer:
+        """The optimiser at the best recipe of generation 0 that the space can come close to."""
+        ranked = sorted(self._weights, key=lambda id_: (self.objective.judge(self._metrics[id_]).loss, id_))
+        starts = [genome for id_ in ranked if (genome := self._space.suggest(self._weights[id_])) is not None]
+        start = starts[0] if starts else self._space.initial()
+        remaining = max(self._budget - len(self._candidates), 1)
+        optimizer = self._make_optimizer(
+            Problem(start.vector(), remaining, self._window, derive_seed(self._seed, "optimizer"), self._step)
+        )
+        # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
+        optimizer.suggest(start.vector())
+        return optimizer
+
+    def _parent_ids(self) -> list[int]:
+        return [self._labels[label] for source in self._space.sources if (label := parent_label(source)) in self._labels]
+
+    def _parents_are_known(self) -> bool:
+        ids = self._parent_ids()
+        return len(ids) == len(self._space.sources) and all(id_ in self._metrics for id_ in ids)
+
+    def _loss_of_label(self, label: str) -> float | None:
+        id_ = self._labels.get(label)
+        if id_ is None or id_ not in self._metrics or not self._parents_are_known():
+            return None
+        return self.objective.judge(self._metrics[id_]).loss if not self.objective.needs_parents else float("inf")
+

@@ -1,0 +1,30 @@
+"""What a search tells those who watch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evaluators.base import ItemPool
+from search.store.events import Trial
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a run at one moment.
+
+    Attributes:
+        phase: which pool of items candidates are being scored on.
+        done, total: candidates of this phase.
+        best, best_origin: the best feasible trial on the search items so far, and its origin.
+        failures: failed trials on the search items.
+        busy, workers: workers at work, and all of them.
+    """
+
+    phase: ItemPool
+    total: int
+    done: int = 0
+    best: Trial | None = None
+    best_origin: str = ""
+    failures: int = 0
+    busy: int = 0
+    workers: int = 0

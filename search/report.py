@@ -1,0 +1,29 @@
+"""The report of a finished run: what won, against what, and how sure that is."""
+
+from __future__ import annotations
+
+from search.finals import Verdict
+from search.model_card import markdown_table
+from search.setup import Setup
+from search.store.atomic import write_atomic
+from search.store.run_folder import RunFolder
+
+
+def write_report(folder: RunFolder, setup: Setup, verdict: Verdict) -> None:
+    """Write `report.md` into the run folder."""
+    objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
+    lines = [
+        f"# Run {folder.path.name}",
+        "",
+        verdict.sentence(),
+        "",
+        f"Objective, smaller is better: {objectives}; normalised against the parents: "
+        f"{setup.config.objectives.normalize == 'parents'}. "
+        f"{setup.config.search.budget} candidates, {len(setup.space.genes)} genes, seed {setup.config.seed}.",
+        "Certify items: no candidate was scored on them before. Intervals and p-values: paired bootstrap over "
+        "documents, 10,000 draws; p corrected for the number of rows (Holm).",
+        "",
+        markdown_table(verdict),
+        "",
+    ]
+    write_atomic(folder.path / "report.md", "\n".join(lines).encode())

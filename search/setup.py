@@ -1,0 +1,273 @@
+"""Everything that can be known before anything is spent: config, models, plug-ins and data that fit.
+
+All faults of a config are collected and reported at once, each with the line of its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
+from evaluators.registry import EVALUATORS, make_evaluator
+from search.baseline import BASELINES
+from search.checkpoint import Checkpoint, check_compatible, open_checkpoint
+from search.config import Config, LoadedConfig
+from search.errors import CheckpointError, ConfigError, UserError, nearest
+from search.fingerprint import fingerprint, refuse_non_finite
+from search.objective import Objective, make_objective
+from search.optimizer import MakeOptimizer, Problem, optimizer_named
+from search.pool import WorkerPlan
+from search.recipe import ModelRef
+from search.space import Space, SpaceError, make_space
+from search.yaml_source import Location
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A config that can run.
+
+    Attributes:
+        config: as loaded, with all paths absolute.
+        checkpoints: `base` and the sources.
+        models: the same as references with content hashes.
+        evaluators: name -> evaluator, checked but not prepared.
+        metrics: `<evaluator>.<metric>` -> what it means.
+        data_sha256: evaluator name -> hash of its items.
+    """
+
+    config: Config
+    checkpoints: Mapping[str, Checkpoint]
+    models: Mapping[str, ModelRef]
+    space: Space
+    evaluators: Mapping[str, Evaluator]
+    metrics: Mapping[str, Metric]
+    objective: Objective
+    make_optimizer: MakeOptimizer
+    data_sha256: Mapping[str, str]
+
+    def worker_plan(self, prepared_folder: str | None = None) -> WorkerPlan:
+        """What every worker is told."""
+        cluster = self.config.cluster
+        return WorkerPlan(
+            models=dict(self.models),
+            base=BASE,
+            evaluators=tuple(
+                EvaluatorSpec(name, section.use, section.options) for name, section in self.config.evaluators.items()
+            ),
+            device=cluster.device,
+            dtype=cluster.dtype,
+            threads=cluster.threads,
+            seed=self.config.seed,
+            prepared_folder=prepared_folder,
+        )
+
+
+def window(config: Config) -> int:
+    """Candidates in flight at once: belongs to the run, since what is asked depends on it."""
+    return config.search.window or 2 * config.cluster.workers
+
+
+class _Faults:
+    """Collects faults with their lines."""
+
+    def __init__(self, loaded: LoadedConfig) -> None:
+        self._loaded = loaded
+        self.lines: list[str] = []
+
+    def add(self, location: Location, message: str) -> None:
+        for line in message.splitlines():
+            self.lines.append(self._loaded.source.fault(location, line))
+
+    def raise_if_any(self) -> None:
+        if self.lines:
+            raise ConfigError("\n".join(dict.fromkeys(self.lines)))
+
+
+def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) -> Setup:
+    """Check a config against its models, plug-ins and data.
+
+    Args:
+        loaded: from `load_config`.
+        report: is called with a line before something that takes long.
+
+    Raises:
+        ConfigError: every fault that was found, one per line, each with file, line, key and way out.
+    """
+    faults = _Faults(loaded)
+    config = loaded.config
+    evaluators = _evaluators(loaded, faults)
+    metrics = _metrics(evaluators)
+    _check_metrics(config, metrics, set(evaluators), faults)
+    for index, name in enumerate(config.search.baselines):
+        if name not in BASELINES.names():
+            faults.add(("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}")
+    make_optimizer: MakeOptimizer | None = None
+    try:
+        make_optimizer = optimizer_named(config.search.optimizer.name)
+    except UserError as error:
+        faults.add(("search", "optimizer"), str(error))
+    checkpoints = _checkpoints(loaded, faults)
+    models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
+    space: Space | None = None
+    if BASE in checkpoints:
+        try:
+            space = make_space(
+                config.space,
+                tensors=checkpoints[BASE].tensors,
+                models=models,
+                sources=config.models.sources,
+                seed=config.seed,
+                dtype=config.cluster.dtype,
+            )
+        except SpaceError as error:
+            faults.add(("space", *error.key), str(error))
+        _check_architecture(checkpoints[BASE], evaluators, faults)
+    if space is not None and make_optimizer is not None:
+        try:
+            make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
+        except UserError as error:
+            faults.add(("search", "optimizer"), str(error))
+    if len(checkpoints) == len(config.models.sources) + 1:
+        _check_sources(checkpoints, faults)
+    faults.raise_if_any()
+    # Reading every byte comes last, when nothing else is wrong.
+    models = {}
+    for name, checkpoint in checkpoints.items():
+        print_ = fingerprint(checkpoint, report=report)
+        try:
+            refuse_non_finite(name, print_)
+        except CheckpointError as error:
+            faults.add(_model_key(name), str(error))
+        models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
+    faults.raise_if_any()
+    assert space is not None
+    assert make_optimizer is not None
+    return Setup(
+        config=_absolute(loaded, checkpoints, evaluators),
+        checkpoints=checkpoints,
+        models=models,
+        space=make_space(
+            config.space,
+            tensors=checkpoints[BASE].tensors,
+            models=models,
+            sources=config.models.sources,
+            seed=config.seed,
+            dtype=config.cluster.dtype,
+        ),
+        evaluators=evaluators,
+        metrics=metrics,
+        objective=make_objective(config.objectives, config.constraints, metrics),
+        make_optimizer=make_optimizer,
+        data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
+    )
+
+
+def check_evaluators(loaded: LoadedConfig) -> dict[str, Evaluator]:
+    """Only the evaluators of a config, checked; for `meiosis evaluate`."""
+    faults = _Faults(loaded)
+    evaluators = _evaluators(loaded, faults)
+    faults.raise_if_any()
+    return evaluators
+
+
+def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
+    found: dict[str, Evaluator] = {}
+    for name, section in loaded.config.evaluators.items():
+        key: Location = ("evaluators", name)
+        try:
+            evaluator = make_evaluator(EvaluatorSpec(name, section.use, section.options), folder=loaded.folder)
+        except ValidationError as error:
+            options = EVALUATORS.get(section.use).Options
+            faults.lines += loaded.source.faults(error, options, key)
+            continue
+        except UserError as error:
+            faults.add((*key, "use"), str(error))
+            continue
+        try:
+            evaluator.check()
+        except UserError as error:
+            faults.add(key, str(error))
+            continue
+        found[name] = evaluator
+    return found
+
+
+def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
+    return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
+
+
+def _check_metrics(config: Config, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:
+    def look_at(metric: str, location: Location) -> None:
+        evaluator = metric.partition(".")[0]
+        # An evaluator that could not be made has been reported; its metrics are unknown, not wrong.
+        if metric not in metrics and (evaluator in working or evaluator not in config.evaluators):
+            faults.add(location, f"no evaluator gives '{metric}'{nearest(metric, metrics)}")
+
+    for index, term in enumerate(config.objectives.terms):
+        look_at(term.metric, ("objectives", index))
+    for index, constraint in enumerate(config.constraints):
+        look_at(constraint.metric, ("constraints", index))
+
+
+def _model_key(name: str) -> Location:
+    return ("models", "base") if name == BASE else ("models", "sources", name)
+
+
+def _checkpoints(loaded: LoadedConfig, faults: _Faults) -> dict[str, Checkpoint]:
+    config = loaded.config
+    found: dict[str, Checkpoint] = {}
+    for name, path in {BASE: config.models.base, **config.models.sources}.items():
+        try:
+            found[name] = open_checkpoint(loaded.path(path))
+        except CheckpointError as error:
+            faults.add(_model_key(name), str(error))
+    return found
+
+
+def _check_sources(checkpoints: Mapping[str, Checkpoint], faults: _Faults) -> None:
+    base = checkpoints[BASE]
+    for name, checkpoint in checkpoints.items():
+        if name == BASE:
+            continue
+        try:
+            check_compatible(base, {name: checkpoint})
+        except CheckpointError as error:
+            faults.add(_model_key(name), str(error))
+
+
+def _check_architecture(base: Checkpoint, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:
+    for name, evaluator in evaluators.items():
+        wanted, found = evaluator.architectures, base.architecture or ""
+        if wanted and not found.endswith(wanted):
+            faults.add(
+                ("evaluators", name, "use"),
+                f"needs a base whose architecture ends in {' or '.join(wanted)}; {base.folder} is a "
+                f"'{found or 'checkpoint without architectures in config.json'}'",
+            )
+
+
+def _absolute(
+    loaded: LoadedConfig, checkpoints: Mapping[str, Checkpoint], evaluators: Mapping[str, Evaluator]
+) -> Config:
+    """The config with every path absolute, so that the run folder is enough to go on from anywhere."""
+    data: dict[str, Any] = loaded.config.model_dump(mode="json")
+    data["models"] = {
+        "base": str(checkpoints[BASE].folder),
+        "sources": {name: str(checkpoints[name].folder) for name in loaded.config.models.sources},
+    }
+    data["evaluators"] = {
+        name: {"use": loaded.config.evaluators[name].use, **evaluator.options.model_dump(mode="json")}
+        for name, evaluator in evaluators.items()
+    }
+    data["results"] = str(Path(loaded.folder, Path(loaded.config.results).expanduser()).resolve())
+    return Config.model_validate(data)
+
+
+__all__ = ["BASE", "ITEM_POOLS", "Setup", "check", "check_evaluators"]

@@ -1,0 +1,151 @@
+"""What a history records: asks, trials, and the end of the run.
+
+Each event knows which part of it is decided by the run (`deterministic`) and which is circumstance:
+when, where, how long, after how many attempts. Two runs of the same search agree on the first.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.base import ItemPool, Scores
+
+Content = tuple[object, ...]
+"""Nested tuples of str, int, bool, bytes and None; floats as the bytes of their bits."""
+
+
+class Recorded(ABC):
+    """Equality and hash by content, in which NaN equals NaN and 0.0 differs from -0.0."""
+
+    @abstractmethod
+    def deterministic(self) -> Content:
+        """What must be equal between a run and its repetition: resumed, or on other workers."""
+
+    def circumstances(self) -> Content:
+        """The rest: times, worker, attempts, wording of a failure."""
+        return ()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Recorded)
+            and self.deterministic() == other.deterministic()
+            and self.circumstances() == other.circumstances()
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.deterministic())
+
+
+@dataclass(frozen=True, eq=False)
+class Ask(Recorded):
+    """A candidate enters the run.
+
+    Attributes:
+        candidate: its number, from 0.
+        origin: where it comes from: `parent:python`, `baseline:uniform_soup`, `optimizer` ...
+        genome: flat genome in [0, 1], or None when the candidate is no point of the space.
+        recipe_hash: `Recipe.hash`.
+        recipe: canonical JSON of the recipe where the genome does not determine it.
+    """
+
+    candidate: int
+    origin: str
+    genome: tuple[float, ...] | None
+    recipe_hash: str
+    recipe: str | None = None
+
+    def deterministic(self) -> Content:
+        genome = None if self.genome is None else tuple(bits(gene) for gene in self.genome)
+        return ("ask", self.candidate, self.origin, genome, self.recipe_hash, self.recipe)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial(Recorded):
+    """One evaluation of one candidate on one pool of items.
+
+    Attributes:
+        candidate, items: which one; unique in a run.
+        metrics: `<evaluator>.<metric>` -> value; empty after a failure.
+        loss: what the optimiser was told, or None where it was told nothing.
+        feasible: whether the constraints hold.
+        scores: evaluator name -> per-item scores; empty after a failure. Names contain no colon.
+        failure_kind: one of `search.pool.FailureKind`, or None for a success.
+        failure_message: one line for people.
+        weights_sha256: hash of the merged tensors where it was asked for.
+        recorded_at: Unix time in seconds.
+        worker: name of the worker, for people.
+        attempts: how often the job was started.
+    """
+
+    candidate: int
+    items: ItemPool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    feasible: bool = True
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    failure_kind: str | None = None
+    failure_message: str = ""
+    weights_sha256: str | None = None
+    recorded_at: float = 0.0
+    merge_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    worker: str = ""
+    attempts: int = 1
+
+    def deterministic(self) -> Content:
+        return (
+            "trial",
+            self.candidate,
+            self.items,
+            tuple((name, bits(value)) for name, value in sorted(self.metrics.items())),
+            None if self.loss is None else bits(self.loss),
+            bool(self.feasible),
+            tuple((name, _scores_content(scores)) for name, scores in sorted(self.scores.items())),
+            self.failure_kind,
+            self.weights_sha256,
+        )
+
+    def circumstances(self) -> Content:
+        seconds = (self.recorded_at, self.merge_seconds, self.evaluate_seconds)
+        return (*map(bits, seconds), self.worker, self.attempts, self.failure_message)
+
+
+@dataclass(frozen=True, eq=False)
+class End(Recorded):
+    """The run is over: the winning candidate, or None, and the verdict as JSON."""
+
+    winner: int | None
+    verdict: str
+
+    def deterministic(self) -> Content:
+        return ("end", self.winner, self.verdict)
+
+
+Event = Ask | Trial | End
+
+
+def bits(value: float) -> bytes:
+    """The 8 bytes of a float. All NaNs are one: their payload depends on the processor, not on the run."""
+    return struct.pack("<d", math.nan if math.isnan(value) else value)
+
+
+def _scores_content(scores: Scores) -> Content:
+    return (
+        tuple(scores.items),
+        tuple((name, array_bits(values)) for name, values in sorted(scores.values.items())),
+        array_bits(scores.weights),
+    )
+
+
+def array_bits(values: NDArray[np.float64]) -> bytes:
+    """`bits` of every element."""
+    array = np.array(values, "<f8")
+    array[np.isnan(array)] = np.nan
+    return array.tobytes()

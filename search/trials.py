@@ -1,0 +1,63 @@
+"""Between what a pool returns and what the history holds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+from search.objective import Judgement
+from search.pool import Failure, FailureKind, Outcome
+from search.population import Candidate
+from search.store.events import Ask, Trial
+
+
+def ask_event(candidate: Candidate) -> Ask:
+    """The record of an ask. Recipes of generation 0 are written out, the others follow from the genome."""
+    rules = [rule.model_dump(mode="json") for rule in candidate.recipe.rules]
+    return Ask(
+        candidate=candidate.id,
+        origin=candidate.origin,
+        genome=candidate.genome.coordinates if candidate.genome else None,
+        recipe_hash=candidate.recipe.hash,
+        recipe=None if candidate.genome else json.dumps(rules, separators=(",", ":")),
+    )
+
+
+def trial_event(outcome: Outcome, judgement: Judgement | None) -> Trial:
+    """The record of a result."""
+    return Trial(
+        candidate=outcome.candidate,
+        items=outcome.items,
+        metrics=dict(outcome.metrics),
+        loss=judgement.loss if judgement else None,
+        feasible=judgement.feasible if judgement else False,
+        scores=dict(outcome.scores),
+        failure_kind=outcome.failure.kind if outcome.failure else None,
+        failure_message=outcome.failure.message if outcome.failure else "",
+        weights_sha256=outcome.weights_sha256,
+        recorded_at=time.time(),
+        merge_seconds=outcome.merge_seconds,
+        evaluate_seconds=outcome.evaluate_seconds,
+        worker=outcome.worker,
+        attempts=outcome.attempts,
+    )
+
+
+def outcome_of(trial: Trial, candidate: int) -> Outcome:
+    """A recorded result as the outcome of another candidate with the same recipe."""
+    kind: FailureKind | None = trial.failure_kind  # type: ignore[assignment]  # written from a FailureKind
+    return Outcome(
+        candidate,
+        trial.items,
+        scores=trial.scores,
+        metrics=trial.metrics,
+        failure=Failure(kind, trial.failure_message) if kind else None,
+        weights_sha256=trial.weights_sha256,
+        attempts=0,
+    )
+
+
+def usable_metrics(trial: Trial) -> Mapping[str, float] | None:
+    """The metrics of a trial, None if it failed."""
+    return None if trial.failure_kind else trial.metrics

@@ -1,0 +1,28 @@
+"""Ray takes seconds to start, so the tests of this process share one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from cluster.local_ray import Session
+
+
+sys.path.append(str(Path(__file__).parent))
+"""For `worker_bodies`, which tests and their workers import by name."""
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """Ray on this machine; every `RayPool` without an address uses it and leaves it running."""
+    from cluster.local_ray import open_session
+
+    log: Path = tmp_path_factory.mktemp("ray") / "ray.log"
+    session = open_session(None, cpus=2, log=log)
+    yield session
+    session.close()

@@ -1,0 +1,404 @@
+"""The pool on Ray: real workers that crash, hang, raise and are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from worker_bodies import OwnError, job, plan, starts
+
+from cluster.handshake import compare, identity
+from cluster.local_ray import open_session
+from cluster.pool import RayPool
+from search.errors import UserError, WorkerError
+from search.pool import Outcome
+
+if TYPE_CHECKING:
+    from cluster.local_ray import Session
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("meiosis", "cluster", "search", "evaluators")
+
+
+@pytest.fixture
+def make(ray_session: Session, tmp_path: Path) -> Iterator[Callable[..., RayPool]]:
+    """Makes pools on the shared Ray, closed at the end of the test."""
+    pools: list[RayPool] = []
+
+    def make(workers: int = 1, body: str = "worker_bodies:Scripted", **options: Any) -> RayPool:
+        threads = options.pop("threads", 1)
+        pools.append(
+            RayPool(plan(tmp_path, threads), workers=workers, body=body, working_folder=tmp_path, **options)
+        )
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def drain(pool: RayPool, count: int, seconds: float = 120) -> dict[int, Outcome]:
+    """The next `count` outcomes by candidate; fails if one comes twice or they do not come."""
+    outcomes: dict[int, Outcome] = {}
+    end = time.monotonic() + seconds
+    while len(outcomes) < count:
+        assert time.monotonic() < end, f"only {sorted(outcomes)} came"
+        for outcome in pool.wait(1.0):
+            assert outcome.candidate not in outcomes
+            outcomes[outcome.candidate] = outcome
+    assert pool.wait(0.1) == ()
+    return outcomes
+
+
+def wait_for(path: Path) -> str:
+    end = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_twenty_jobs_on_three_workers_run_once_each_and_start_in_order(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    pool = make(3, report=said.append)
+    pool.ready()
+    assert (pool.size, pool.busy) == (3, 0)
+    for candidate in range(20):
+        pool.submit(job(candidate, "sleep", seconds=0.05))
+    outcomes = drain(pool, 20)
+    assert {c: o.metrics["test.square"] for c, o in outcomes.items()} == {c: float(c * c) for c in range(20)}
+    assert {outcome.attempts for outcome in outcomes.values()} == {1}
+    assert len({outcome.worker for outcome in outcomes.values()}) == 3
+    started = starts(tmp_path)
+    assert sorted(started) == list(range(20))
+    # Jobs are handed out in order; three that were handed out together may begin in any order.
+    assert all(abs(place - candidate) <= 2 for place, candidate in enumerate(started))
+    assert said == ["starting Ray", "worker 1/3 ready", "worker 2/3 ready", "worker 3/3 ready"]
+
+
+def test_one_worker_runs_jobs_in_the_order_of_submission(make: Callable[..., RayPool], tmp_path: Path) -> None:
+    pool = make()
+    order = [5, 3, 9, 1, 7]
+    for candidate in order:
+        pool.submit(job(candidate))
+    drain(pool, 5)
+    assert starts(tmp_path) == order
+
+
+def test_a_worker_killed_in_mid_trial_costs_one_more_start_of_its_job_and_nothing_else(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    pool = make(2)
+    for candidate in range(6):
+        pool.submit(job(candidate, "sleep", seconds=1.0 if candidate == 0 else 0.1))
+    while not (tmp_path / "pid-0").exists():
+        pool.wait(0.0)
+    os.kill(int(wait_for(tmp_path / "pid-0")), signal.SIGKILL)
+    outcomes = drain(pool, 6)
+    assert {c: o.metrics["test.square"] for c, o in outcomes.items()} == {c: float(c * c) for c in range(6)}
+    assert {c: o.attempts for c, o in outcomes.items()} == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1}
+    assert sorted(starts(tmp_path)) == [0, 0, 1, 2, 3, 4, 5]
+
+
+def test_failures_of_every_kind_stay_with_their_candidate(make: Callable[..., RayPool], tmp_path: Path) -> None:
+    said: list[str] = []
+    pool = make(2, trial_seconds=3.0, report=said.append)
+    scripts: list[tuple[str, dict[str, Any]]] = [
+        ("square", {}),
+        ("exit", {}),
+        ("exit_once", {}),
+        ("throw", {"message": "no such item"}),
+        ("sleep", {"seconds": 600}),
+        ("hang_once", {}),
+        ("leave", {}),
+        ("other_candidate", {}),
+        ("unpicklable", {}),
+        ("square", {}),
+    ]
+    for candidate, (what, arguments) in enumerate(scripts):
+        pool.submit(job(candidate, what, **arguments))
+    outcomes = drain(pool, len(scripts))
+
+    failures = {c: o.failure.kind for c, o in outcomes.items() if o.failure is not None}
+    assert failures == {1: "crash", 3: "error", 4: "timeout", 6: "error", 7: "error", 8: "error"}
+    fine = {c: (o.metrics["test.square"], o.attempts) for c, o in outcomes.items() if o.failure is None}
+    assert fine == {0: (0.0, 1), 2: (4.0, 2), 5: (25.0, 2), 9: (81.0, 1)}
+    assert [outcomes[c].attempts for c in (1, 3, 4, 6, 7, 8)] == [2, 1, 2, 1, 1, 1]
+    thrown = outcomes[3].failure
+    assert thrown is not None
+    assert thrown.message == "KeyError: 'no such item'"
+    assert "in throw" in thrown.detail
+    overdue = outcomes[4].failure
+    assert overdue is not None
+    assert overdue.message == "took down 2 workers, the last time: not done after 3 s"
+    unsent = outcomes[8].failure
+    assert unsent is not None
+    assert unsent.message.startswith("the outcome cannot be sent to the driver: ")
+    crashed = outcomes[1].failure
+    assert crashed is not None
+    assert "\n" not in crashed.message
+    assert sum("is replaced" in line for line in said) == 6
+
+
+def test_a_cancelled_job_brings_no_outcome_and_its_worker_goes_on(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    pool = make()
+    for candidate in (0, 1, 2):
+        pool.submit(job(candidate, "sleep", seconds=0.5))
+    while not (tmp_path / "pid-0").exists():
+        pool.wait(0.0)
+    assert pool.busy == 1
+    pool.cancel((0, "search"))
+    pool.cancel((1, "search"))
+    assert set(drain(pool, 1)) == {2}
+    assert starts(tmp_path) == [0, 2]
+
+
+def test_wait_ends_at_its_timeout(make: Callable[..., RayPool]) -> None:
+    pool = make()
+    pool.ready()
+    pool.submit(job(0, "sleep", seconds=5))
+    began = time.monotonic()
+    assert pool.wait(0.7) == ()
+    assert 0.6 < time.monotonic() - began < 2.0
+
+
+def test_threads_of_the_plan_reach_the_libraries_of_the_worker(make: Callable[..., RayPool]) -> None:
+    pool = make(threads=3)
+    for candidate, variable in enumerate(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")):
+        pool.submit(job(candidate, "environment", variable=variable))
+    outcomes = drain(pool, 3)
+    assert [value for outcome in outcomes.values() for value in outcome.metrics.values()] == [3.0, 3.0, 3.0]
+
+
+def test_a_mistake_found_by_a_worker_comes_out_as_it_is(make: Callable[..., RayPool]) -> None:
+    with pytest.raises(OwnError) as caught:
+        make(2, "worker_bodies:Refuses").ready()
+    assert str(caught.value) == "evaluators.code: there is no file 'items.jsonl'"
+    assert caught.value.exit_status == 7
+
+
+def test_a_mistake_found_by_a_worker_comes_out_of_wait_too(make: Callable[..., RayPool]) -> None:
+    pool = make(1, "worker_bodies:Refuses")
+    pool.submit(job(0))
+    with pytest.raises(OwnError):
+        pool.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("Broken", "RuntimeError: the model does not load"), ("Dies", "3 workers in a row could not start")],
+)
+def test_workers_that_never_start_stop_the_run(make: Callable[..., RayPool], body: str, message: str) -> None:
+    with pytest.raises(WorkerError) as caught:
+        make(2, f"worker_bodies:{body}").ready()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_arguments_are_refused_before_ray_starts(tmp_path: Path) -> None:
+    for arguments, message in [
+        ({"workers": 0}, r"cluster\.workers is 0"),
+        ({"workers": 1, "trial_seconds": 0.0}, r"cluster\.trial_seconds is 0"),
+        ({"workers": 1, "address": "ray://head:10001"}, r"'ray://head:10001' is no address of a Ray head"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            RayPool(plan(tmp_path), working_folder=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_process_uses_one_ray_at_a_time(ray_session: Session) -> None:
+    with pytest.raises(WorkerError, match="uses Ray at"):
+        open_session("127.0.0.1:1")
+
+
+def identity_of(folder: Path) -> dict[str, Any]:
+    """What a fresh process that imports our packages from `folder` says about itself."""
+    code = (
+        "import json, dataclasses, cluster.handshake as h; print(json.dumps(dataclasses.asdict(h.identity())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def copy_packages(folder: Path) -> Path:
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_a_digest_depends_on_the_source_and_not_on_its_place(tmp_path: Path) -> None:
+    one, other = copy_packages(tmp_path / "one"), copy_packages(tmp_path / "other")
+    with (other / "search" / "pool.py").open("a") as source:
+        source.write("# another version\n")
+    (other / "evaluators" / "__pycache__").mkdir()
+    (other / "evaluators" / "__pycache__" / "x.pyc").write_bytes(b"x")
+    first, second = identity_of(one)["packages"], identity_of(other)["packages"]
+    assert first["search"]["folder"] == str(one / "search")
+    different = [name for name in PACKAGES if first[name]["sha256"] != second[name]["sha256"]]
+    assert different == ["search"]
+
+
+def test_a_difference_is_named_with_node_package_and_both_digests() -> None:
+    ours = identity()
+    compare(ours, replace(ours, node="elsewhere"), "worker-1")
+    package = replace(ours.packages["search"], sha256="f" * 64, folder="/opt/search")
+    theirs = replace(ours, node="node-7", packages={**ours.packages, "search": package})
+    with pytest.raises(WorkerError) as caught:
+        compare(ours, theirs, "worker-1")
+    for part in ("worker-1", "node-7", "'search'", "f" * 16, ours.packages["search"].sha256[:16], "/opt/search"):
+        assert part in str(caught.value)
+    with pytest.raises(WorkerError, match=r"torch 1\.0, expected"):
+        compare(ours, replace(ours, libraries={**ours.libraries, "torch": "1.0"}), "worker-1")
+
+
+DRIVER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+packages, tests, notes = map(Path, sys.argv[1:4])
+sys.path += [str(packages), str(tests)]  # at the end, where an editable install is
+hits = []
+signal.signal(signal.SIGTERM, lambda *_: hits.append("SIGTERM"))
+
+def descendants():
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+if __name__ == "__main__":
+    from worker_bodies import job, plan, starts
+    from cluster.pool import RayPool
+    from search.errors import WorkerError
+    pool = RayPool(plan(notes), workers=2, body="worker_bodies:Scripted", working_folder=notes)
+    pool.ready()
+    print("while Ray runs")
+    pool.submit(job(0, "exit_once"))
+    pool.submit(job(1))
+    results = {}
+    while len(results) < 2:
+        results.update({o.candidate: o.metrics["test.square"] for o in pool.wait(5)})
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    pool.submit(job(2, "sleep", seconds=1))
+    results.update({o.candidate: o.metrics["test.square"] for o in pool.wait(5)})
+
+    with (packages / "search" / "pool.py").open("a") as source:
+        source.write("# changed during the run\\n")
+    pool.submit(job(3, "exit_once"))
+    try:
+        while not pool.wait(5):
+            pass
+        refused = ""
+    except WorkerError as error:
+        refused = str(error)
+
+    started = descendants()
+    folders = {part for pid in started for part in Path(f"/proc/{pid}/cmdline").read_text().split("\\0")
+               if part.startswith("--temp_dir") or part.startswith("--temp-dir")}
+    pool.close()
+    pool.close()
+    for _ in range(50):
+        left = {pid for pid in started if Path(f"/proc/{pid}").exists()
+                and ") Z " not in Path(f"/proc/{pid}/stat").read_text()}
+        if not left:
+            break
+        time.sleep(0.1)
+    print(json.dumps(dict(results=results, hits=hits, refused=refused, started=len(started), left=len(left),
+                          folders=sorted(f.partition("=")[2] for f in folders),
+                          own_stdout=sys.stdout is sys.__stdout__, environment=dict(os.environ))))
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A driver of its own, started where folders with the names of our packages lie."""
+    folder = tmp_path_factory.mktemp("driver")
+    standing, script, notes = folder / "standing", folder / "bin" / "driver.py", folder / "notes"
+    for made in (standing, script.parent, notes):
+        made.mkdir()
+    for where in (standing, script.parent):
+        for name in PACKAGES:
+            (where / name).mkdir()
+            (where / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    script.write_text(DRIVER)
+    packages = copy_packages(folder / "packages")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))}
+    done = subprocess.run(
+        # -P: like a console script, the driver does not look for modules beside its script.
+        [sys.executable, "-P", str(script), str(packages), str(ROOT / "tests"), str(notes)],
+        cwd=standing,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return {
+        **json.loads(lines[-1]),
+        "stdout": lines,
+        "stderr": done.stderr,
+        "log": (notes / "ray.log").read_text(),
+    }
+
+
+def test_folders_with_our_names_where_the_user_stands_are_not_imported(driver: dict[str, Any]) -> None:
+    assert driver["results"] == {"0": 0.0, "1": 1.0, "2": 4.0}
+
+
+def test_what_ray_says_about_a_dead_worker_is_not_on_stdout(driver: dict[str, Any]) -> None:
+    assert len(driver["stdout"]) == 2
+    assert driver["stdout"][0] == "while Ray runs"
+    assert driver["stderr"] == ""
+    assert "died" in driver["log"]
+    assert driver["own_stdout"]
+
+
+def test_the_drivers_own_signal_handlers_run_during_wait(driver: dict[str, Any]) -> None:
+    assert driver["hits"] == ["SIGTERM"]
+
+
+def test_a_worker_that_would_run_changed_code_is_refused(driver: dict[str, Any]) -> None:
+    assert "has another package 'search'" in driver["refused"]
+
+
+def test_closing_leaves_no_process_and_no_file_of_ray(driver: dict[str, Any]) -> None:
+    assert driver["started"] > 3
+    assert driver["left"] == 0
+    assert driver["folders"]
+    assert not any(Path(folder).exists() for folder in driver["folders"])
+
+
+def test_ray_sends_no_statistics_and_asks_for_a_token(driver: dict[str, Any]) -> None:
+    assert driver["environment"]["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert driver["environment"]["RAY_AUTH_MODE"] == "token"
+    token = Path.home() / ".ray" / "auth_token"
+    assert not token.exists() or token.stat().st_mode & 0o077 == 0

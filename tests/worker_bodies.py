@@ -1,0 +1,121 @@
+"""Bodies of workers for the tests of both pools: real code in real processes.
+
+What a job does is written in its recipe: the operator of the first rule names a method here, and the
+rule's parameters are the arguments. Every start of a job is noted in `prepared_folder`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evaluators.errors import UserError
+from search.pool import Job, Outcome, WorkerPlan
+from search.recipe import ModelRef, Recipe, Rule
+
+
+def plan(folder: Path, threads: int = 1) -> WorkerPlan:
+    """A plan whose workers take notes in `folder`."""
+    return WorkerPlan({}, base="base", evaluators=(), threads=threads, prepared_folder=str(folder))
+
+
+def job(candidate: int, what: str = "square", **arguments: int | float | str) -> Job:
+    """A job that calls the method `what` of `Scripted`."""
+    rule = Rule(operator=what, sources={"a": {}}, parameters=dict(arguments))
+    return Job(candidate, Recipe(models={"a": ModelRef(path="a")}, rules=(rule,)), "search")
+
+
+def starts(folder: Path) -> list[int]:
+    """Candidates in the order in which workers started them."""
+    log = folder / "starts"
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+class Scripted:
+    """Does what the recipe says and returns the square of the candidate's number."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        assert plan.prepared_folder is not None
+        self.folder = Path(plan.prepared_folder)
+
+    def run(self, job: Job) -> Outcome:
+        with (self.folder / "starts").open("a") as log:
+            log.write(f"{job.candidate}\n")
+        (self.folder / f"pid-{job.candidate}").write_text(str(os.getpid()))
+        rule = job.recipe.rules[0]
+        outcome = Outcome(job.candidate, job.items, metrics={"test.square": float(job.candidate**2)})
+        changed: Any = getattr(self, rule.operator)(outcome, **rule.parameters)
+        return changed if changed is not None else outcome  # type: ignore[no-any-return]
+
+    def square(self, outcome: Outcome) -> None:
+        pass
+
+    def sleep(self, outcome: Outcome, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def exit(self, outcome: Outcome) -> None:
+        os._exit(1)
+
+    def exit_once(self, outcome: Outcome) -> None:
+        mark = self.folder / f"exited-{outcome.candidate}"
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+
+    def hang_once(self, outcome: Outcome) -> None:
+        mark = self.folder / f"hung-{outcome.candidate}"
+        if not mark.exists():
+            mark.touch()
+            time.sleep(600)
+
+    def throw(self, outcome: Outcome, message: str) -> None:
+        raise KeyError(message)
+
+    def leave(self, outcome: Outcome) -> None:
+        sys.exit(3)
+
+    def other_candidate(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, candidate=outcome.candidate + 1000)
+
+    def other_type(self, outcome: Outcome) -> object:
+        return {"square": 4}
+
+    def text_as_metric(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, metrics={"test.square": "four"})  # type: ignore[dict-item]
+
+    def unpicklable(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, worker=lambda: None)  # type: ignore[arg-type]
+
+    def environment(self, outcome: Outcome, variable: str) -> Outcome:
+        return replace(outcome, metrics={variable: float(os.environ[variable])})
+
+    def interrupt_once(self, outcome: Outcome) -> None:
+        mark = self.folder / "interrupted"
+        if not mark.exists():
+            mark.touch()
+            raise KeyboardInterrupt
+
+
+class OwnError(UserError):
+    """A mistake with an exit status of its own."""
+
+    exit_status = 7
+
+
+class Refuses:
+    def __init__(self, plan: WorkerPlan) -> None:
+        raise OwnError("evaluators.code: there is no file 'items.jsonl'")
+
+
+class Broken:
+    def __init__(self, plan: WorkerPlan) -> None:
+        raise RuntimeError("the model does not load\nsecond line")
+
+
+class Dies:
+    def __init__(self, plan: WorkerPlan) -> None:
+        os._exit(1)
