@@ -133,6 +133,10 @@ def reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         return one_line(cause)
+    import ray
+
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "it does not answer any more"
     text = str(error)
     detail = re.search(r"Worker exit detail: (.+?)(?:\. |\n|$)", text)
     return detail.group(1) if detail else one_line(error)

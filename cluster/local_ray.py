@@ -62,6 +62,8 @@ class Session:
         _session = None
         import ray
 
+        if self._stdout is not None:
+            self._stdout.everything = True  # what Ray held back, it prints now and from this thread
         ray.shutdown()
         if self._stdout is not None:
             self._stdout.restore()
@@ -246,11 +248,12 @@ class _SplitStdout:
 
     def __init__(self, log: Path | None) -> None:
         self._real = sys.stdout
+        self.everything = False
         self._log = open(log if log is not None else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
         sys.stdout = self
 
     def write(self, text: str) -> int:
-        if threading.current_thread().name.startswith("ray_"):
+        if self.everything or threading.current_thread().name.startswith("ray_"):
             if not self._log.closed:
                 self._log.write(text)
                 self._log.flush()

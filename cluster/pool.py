@@ -105,7 +105,7 @@ class RayPool:
         self._suspects: list[_Suspect] = []
         self._done: list[Outcome] = []
         self._slots: list[Slot] = []
-        self._start_deaths = 0
+        self._start_deaths = self._expected = 0
         self._gathered = self._all_up = self._closed = False
         self._report("starting Ray" if address is None else f"joining Ray at {address}")
         self._session = open_session(
@@ -121,7 +121,7 @@ class RayPool:
             if self._crew.room < workers:
                 self._report(f"there is room for {self._crew.room} of {workers} workers until nodes join")
             now = time.monotonic()
-            self._gather_until = now + GATHER_SECONDS
+            self._gather_until = FOREVER if self._session.own else now + GATHER_SECONDS
             for _ in range(workers):
                 self._slots.append(self._crew.hire(now))
         except BaseException:
@@ -145,7 +145,7 @@ class RayPool:
             MeiosisError: what the body's constructor raised.
             WorkerError: a worker runs other code, or none can be kept alive.
         """
-        while not self._gather() or any(slot.phase == "building" for slot in self._slots):
+        while not self._gather() or self._up() < self._expected:
             self._step(POLL_SECONDS)
 
     def submit(self, job: Job) -> None:
@@ -211,11 +211,15 @@ class RayPool:
         entries = [*self._queue, *(suspect.entry for suspect in self._suspects), *working]
         return [entry for entry in entries if not entry.cancelled]
 
+    def _up(self) -> int:
+        return sum(slot.phase in ("idle", "working") for slot in self._slots)
+
     def _gather(self) -> bool:
         """Whether jobs may start: every worker there is room for has passed the handshake."""
         if not self._gathered:
             greeted = sum(slot.phase != "starting" for slot in self._slots)
             self._gathered = greeted >= self._crew.room
+            self._expected = greeted
             if not self._gathered and time.monotonic() > self._gather_until:
                 self._gather_until += GATHER_SECONDS
                 self._gathered = greeted > 0
@@ -287,9 +291,8 @@ class RayPool:
             slot.phase, slot.call, slot.deadline = "idle", None, FOREVER
             self._start_deaths = 0
             if not self._all_up:
-                up = sum(other.phase in ("idle", "working") for other in self._slots)
-                self._all_up = up == self._workers
-                self._report(f"worker {up}/{self._workers} ready")
+                self._all_up = self._up() == self._workers
+                self._report(f"worker {self._up()}/{self._workers} ready")
         elif error.explained is not None:
             raise error.explained
         else:

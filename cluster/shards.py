@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from search.byte_progress import ByteProgress
 from search.checkpoint import Checkpoint, Fingerprint, fingerprint, open_checkpoint
 from search.errors import CheckpointError, WorkerError
 from search.safetensors_header import header_sha256
@@ -27,7 +28,7 @@ MADV_POPULATE_READ = 22
 """Reads the pages of a mapping now, with large reads (Linux 5.14); Python has no name for it yet."""
 
 STEP_BYTES = 1 << 26
-"""Warmed at once, between two calls of `report`."""
+"""Warmed at once: small enough to be interrupted and to show progress."""
 
 FRESH_SECONDS = 900.0
 """How long files count as warm. Later the kernel may have dropped them, and warming them again is cheap."""
@@ -132,7 +133,7 @@ def node_folder() -> Path:
 
 
 def warm(
-    files: Iterable[Path], report: Callable[[int, int], None] | None = None, folder: Path | None = None
+    files: Iterable[Path], report: Callable[[str], None] | None = None, folder: Path | None = None
 ) -> int:
     """Read files into the page cache, once per node however many workers ask at the same time.
 
@@ -140,7 +141,7 @@ def warm(
     ahead: the end would push out the beginning.
 
     Args:
-        report: called with bytes done and bytes in all.
+        report: called with a line now and then, if there is enough to read that it takes a while.
         folder: where the processes of this node meet, by default `node_folder()`.
 
     Returns:
@@ -163,15 +164,13 @@ def warm(
             status = os.fstat(lock.fileno())
             if status.st_size and time.time() - status.st_mtime < FRESH_SECONDS:
                 return 0
-            done = 0
+            progress = ByteProgress("reading the models into memory", total, report)
             for path in paths:
                 for step in _populate(path):
-                    done += step
-                    if report is not None:
-                        report(done, total)
+                    progress.advance(step)
             lock.truncate(0)
             lock.write(b"warm\n")
-            return done
+            return total
     except OSError as error:
         file = error.filename or "a model file"
         raise WorkerError(

@@ -7,15 +7,17 @@ entry point group `meiosis.evaluators`, or name it as `module:Class` in a config
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,9 @@ number that is reported and are touched once. The three are disjoint."""
 class Metric:
     """What one number of an evaluator means.
 
-    `low` and `high` bound the possible values (None: unbounded); `unit` is for people.
+    `low` and `high` bound the possible values (None: unbounded); `unit` is for people. With `per_item`
+    the metric is the weighted mean of the per-item values of the same name; without, `Scores` have no
+    such values and `Evaluator.aggregate` computes it from others (perplexity from likelihoods).
     """
 
     direction: Literal["minimize", "maximize"]
@@ -38,6 +42,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     help: str = ""
+    per_item: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Scores:
 
     Attributes:
         items: (n,) ids of the items scored.
-        values: metric name -> (n,) float64, one value per item.
+        values: metric name -> (n,) float64, one value per item, for the metrics with `per_item`.
         weights: (n,) float64, how much an item counts in the mean of its pool (for token-weighted
             likelihoods the number of scored tokens, otherwise ones).
     """
@@ -85,8 +90,31 @@ class Context:
     seed: int = 0
 
 
+def absolute_path(path: Path, info: ValidationInfo) -> Path:
+    """`path` as a config means it: from the folder of the config, or the working directory without one.
+
+    For validators of options; `ConfigPath` is one. The folder comes with the validation context,
+    `Options.model_validate(data, context={"folder": folder})`, as `make_evaluator` gives it. What was
+    resolved is absolute, so options that were written out mean the same everywhere.
+
+    Raises:
+        ValueError: an empty path.
+    """
+    if path == Path():  # what pydantic makes of ''; a folder is never meant to be left out
+        raise ValueError("the path is empty; write './' for the folder of the config itself")
+    folder = (info.context or {}).get("folder") or Path()
+    return (folder / path.expanduser()).resolve()
+
+
+ConfigPath = Annotated[Path, AfterValidator(absolute_path)]
+"""Type of options that are paths: relative ones start at the folder of the config file."""
+
+
 class Options(BaseModel):
-    """Base of an evaluator's options: unknown keys are errors, values do not change."""
+    """Base of an evaluator's options: unknown keys are errors, values do not change.
+
+    `model_dump(mode="json")` gives plain data that validates to equal options in any working directory.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -95,7 +123,8 @@ class Evaluator(ABC):
     """Scores a live model on items.
 
     Class attributes:
-        metrics: metric name -> `Metric`. The config calls them `<evaluator>.<metric>`.
+        metrics: metric name -> `Metric`. The config calls them `<evaluator>.<metric>`. Where the options
+            decide which there are, `__init__` sets an attribute of the instance; the class has the default.
         Options: pydantic model of the keys that may stand beside `use` in the config.
         help: one line for `meiosis evaluators`.
         source: paper or origin of the method, may be empty.
@@ -103,13 +132,14 @@ class Evaluator(ABC):
             `config.json` (`ForCausalLM`); empty: anything.
     """
 
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: Mapping[str, Metric]
     Options: ClassVar[type[Options]] = Options
     help: ClassVar[str] = ""
     source: ClassVar[str] = ""
     architectures: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Any) -> None:
+        """`options` is an instance of this class's `Options`; opens no files."""
         self.options = options
 
     def check(self) -> None:  # noqa: B027 - most evaluators have nothing to check
@@ -127,25 +157,44 @@ class Evaluator(ABC):
     def items(self, pool: ItemPool) -> Sequence[str]:
         """Ids of the items of a pool, in a fixed order, after `prepare`. Ids are unique over pools."""
 
+    def document_of(self, item: str) -> str:
+        """What an item was taken from: items of one document are not independent of each other.
+
+        Confidence intervals are over documents, and a document lies in one pool only. Works without
+        `prepare`. By default every item is a document.
+        """
+        return item
+
+    def data_sha256(self) -> str:
+        """Hash of what is scored on, 64 hex digits, so that a resumed run notices other data.
+
+        Works without `prepare` and without torch. By default that of the options, which is right for
+        evaluators that read nothing; override it to cover contents.
+        """
+        text = json.dumps(self.options.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     @abstractmethod
     def evaluate(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[Scores]:
         """Yield scores chunk by chunk for the given items, and leave the model as it was.
 
         The model is an ordinary module with the Hugging Face forward signature, in eval mode, under
         `torch.no_grad()`. How items are batched must depend on the items only, so that every worker
-        returns the same bits.
+        returns the same bits; in which order items come back is up to the evaluator.
         """
 
     def aggregate(self, scores: Scores) -> dict[str, float]:
-        """Metrics of a pool from its per-item scores: weighted means unless overridden.
+        """Metrics of a pool from its per-item scores: weighted means, not a number without weight.
 
-        An override makes the default confidence intervals wrong for that metric, so prefer per-item
-        values whose weighted mean is the metric.
+        Whoever declares metrics without `per_item` overrides this and adds them. It is called with
+        resampled weights for confidence intervals (an item drawn twice weighs twice), so it must go by
+        `weights` and be quick.
         """
         total = float(scores.weights.sum())
+        per_item = [name for name, metric in self.metrics.items() if metric.per_item]
         if total <= 0:
-            return {name: float("nan") for name in self.metrics}
-        return {name: float(scores.values[name] @ scores.weights) / total for name in self.metrics}
+            return {name: float("nan") for name in per_item}
+        return {name: float(scores.values[name] @ scores.weights) / total for name in per_item}
 
 
 @dataclass(frozen=True)

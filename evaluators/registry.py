@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from evaluators.base import Evaluator, EvaluatorSpec
@@ -89,14 +90,21 @@ class Registry(Generic[T]):
 EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator", "evaluators", "meiosis.evaluators")
 
 
-def make_evaluator(spec: EvaluatorSpec) -> Evaluator:
+def make_evaluator(spec: EvaluatorSpec, folder: Path | None = None) -> Evaluator:
     """An evaluator with validated options.
 
+    Args:
+        spec: which one, and its options.
+        folder: where relative paths in the options start, usually the folder of the config; None for
+            the working directory.
+
     Raises:
-        UserError: unknown evaluator, or options it does not take.
+        UserError: unknown evaluator, or something else under that name.
         pydantic.ValidationError: options that do not fit; the config reports them by line.
     """
     plugin = EVALUATORS.get(spec.use)
     if not (isinstance(plugin, type) and issubclass(plugin, Evaluator)):
         raise UserError(f"'{spec.use}' is not an evaluator: expected a subclass of evaluators.base.Evaluator")
-    return plugin(plugin.Options.model_validate(dict(spec.options)))
+    if missing := sorted(plugin.__abstractmethods__):
+        raise UserError(f"evaluator '{spec.use}' is not complete: it does not define {', '.join(missing)}")
+    return plugin(plugin.Options.model_validate(dict(spec.options), context={"folder": folder}))

@@ -88,7 +88,8 @@ def write_checkpoint(
     out = Path(out).resolve()
     extra_files = extra_files or {}
     for name in extra_files:
-        if name != Path(name).name or name.endswith(".safetensors") or name in (INDEX, MARKER, "config.json"):
+        plain = name == Path(name).name and name not in ("", ".", "..")
+        if not plain or name.endswith(".safetensors") or name in (INDEX, MARKER, "config.json"):
             raise ValueError(f"extra file {name!r}: expected a plain file name that is not part of the model")
     target = None if dtype is None else _dtype(dtype)
     _check_target(out, overwrite)
@@ -163,7 +164,14 @@ def _cannot_write(out: Path, error: OSError) -> MeiosisError:
             f"{out}: the disk is full or a quota is used up ({error.strerror}); nothing was left behind; "
             "free some space or choose another disk"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+    if error.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    ):
         return UserError(f"{out}: cannot be written: {error.strerror}{where}; choose a folder of yours")
     return MeiosisError(
         f"{out}: cannot be written: {error.strerror or error}{where}; nothing was left behind"

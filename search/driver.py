@@ -70,7 +70,7 @@ class Driver:
         for trial in self.trials.values():
             if trial.items == "search":
                 self._note(trial)
-        self._arrived = {outcome.key: outcome for outcome in spool.take_all() if outcome.key not in self.trials}
+        self._arrived = self._take_spooled()
 
     def search(self) -> None:
         """Run the search to its budget."""
@@ -118,7 +118,7 @@ class Driver:
         if original == key:
             self._workers().submit(Job(candidate.id, candidate.recipe, items, hash_weights=items != "search"))
         elif original in self.trials:
-            self._arrived[key] = outcome_of(self.trials[original], candidate.id)
+            self._arrived[key] = _copy(outcome_of(self.trials[original]), key)
         elif original in self._open:
             self._copies.setdefault(original, []).append(key)
         else:
@@ -136,10 +136,20 @@ class Driver:
                 continue
             self._arrived[outcome.key] = outcome
             for copy in self._copies.pop(outcome.key, []):
-                self._arrived[copy] = replace(outcome, candidate=copy[0], attempts=0, worker="")
+                self._arrived[copy] = _copy(outcome, copy)
             if self._next_to_commit() != outcome.key:
-                self._spool.put(outcome)
+                self._spool.put(*outcome.key, trial_event(outcome, None))
         self._show()
+
+    def _take_spooled(self) -> dict[Key, Outcome]:
+        """Results that came before their turn and were not recorded when the last driver ended."""
+        kept: dict[Key, Outcome] = {}
+        for key, trial in self._spool.take_all().items():
+            if key in self.trials:
+                self._spool.drop(*key)
+            else:
+                kept[key] = outcome_of(trial)
+        return kept
 
     def _next_to_commit(self) -> Key | None:
         if self.limits.ordered:
@@ -152,7 +162,7 @@ class Driver:
         metrics = None if outcome.failure else outcome.metrics
         trial = trial_event(outcome, self.population.judge(metrics))
         self.history.append(trial)
-        self._spool.drop(outcome.key)
+        self._spool.drop(*outcome.key)
         self.trials[key] = trial
         del self._open[key]
         if key[1] == "search":
@@ -191,6 +201,11 @@ class Driver:
     def _show(self) -> None:
         busy, size = (self._pool.busy, self._pool.size) if self._pool else (0, 0)
         self._report(replace(self._progress, busy=busy, workers=size))
+
+
+def _copy(outcome: Outcome, key: Key) -> Outcome:
+    """The result of a recipe for another candidate that has the same one."""
+    return replace(outcome, candidate=key[0], attempts=0, worker="", merge_seconds=0.0, evaluate_seconds=0.0)
 
 
 def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:

@@ -49,7 +49,9 @@ class Evaluation:
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
             identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
         )
-        self._targets = self._model.targets(checkpoints[plan.base].tensors)
+        names = checkpoints[plan.base].tensors
+        self._targets = self._model.targets(names)
+        self._elsewhere = [name for name in names if name not in self._targets]
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
         self._evaluators: dict[str, Evaluator] = {}
         for spec in plan.evaluators:
@@ -66,7 +68,7 @@ class Evaluation:
         merged = started
         try:
             self._merger.merge_into(job.recipe, self._targets)
-            digest = hash_tensors(self._targets) if job.hash_weights else None
+            digest = self._hash(job) if job.hash_weights else None
             merged = time.perf_counter()
             scores = self._score(job)
             metrics = self._aggregate(scores)
@@ -90,6 +92,10 @@ class Evaluation:
             worker=self.name,
         )
 
+    def _hash(self, job: Job) -> str:
+        """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
+        return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
+
     def _score(self, job: Job) -> dict[str, Scores]:
         import torch
 
@@ -98,7 +104,7 @@ class Evaluation:
             for name, evaluator in self._evaluators.items():
                 before = self._model.versions()
                 items = evaluator.items(job.items)
-                found[name] = _complete(name, Scores.join(list(evaluator.evaluate(self._model.module, items))), items)
+                found[name] = _complete(name, Scores.join(list(evaluator.evaluate(self._model.model, items))), items)
                 if self._model.versions() != before:
                     raise MeiosisError(
                         f"evaluator '{name}' changed the weights of the model; it must work on a copy"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from evaluators.base import ITEM_POOLS, ItemPool
 from search.checkpoint import Checkpoint, CheckpointTensors, open_checkpoint
 from search.checkpoint_writer import write_checkpoint
 from search.errors import MeiosisError, RecipeError
 from search.finals import Verdict
 from search.fingerprint import fingerprint
-from search.merge.apply import Merger, check_recipe
+from search.merge.apply import Merger
+from search.merge.check import check_recipe
 from search.model_card import model_card
 from search.population import Candidate
 from search.recipe import Recipe
@@ -47,7 +49,7 @@ def merge_recipe(recipe: Recipe, out: Path, *, folder: Path = Path(), overwrite:
 def export_candidate(
     setup: Setup,
     candidate: Candidate,
-    trials: Mapping[tuple[int, str], Trial],
+    trials: Mapping[tuple[int, ItemPool], Trial],
     out: Path,
     *,
     verdict: Verdict | None = None,
@@ -59,7 +61,7 @@ def export_candidate(
         UserError: `out` is taken.
         MeiosisError: the tensors differ from those that were evaluated.
     """
-    trial = next((t for items in ("certify", "select", "search") if (t := trials.get((candidate.id, items)))), None)
+    trial = next((t for items in reversed(ITEM_POOLS) if (t := trials.get((candidate.id, items)))), None)
     card = model_card(candidate.recipe, setup.checkpoints["base"], candidate, trial, verdict, setup)
     write_merge(candidate.recipe, setup.checkpoints, out, {"README.md": card}, overwrite=overwrite)
     expected = next(

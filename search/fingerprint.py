@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.byte_progress import ByteProgress
 from search.errors import CheckpointError
 from search.fingerprint_cache import read_cache, write_cache
 from search.safetensors_header import TensorInfo, cannot_read, damage, quoted, read_header
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from search.checkpoint import Checkpoint
-
-Report = Callable[[int, int], None]
-"""Called with bytes done and bytes in all, from one thread at a time."""
 
 CHUNK_BYTES = 1 << 18
 """Read at once: the chunk and the masks made of it stay in the cache of a core."""
@@ -92,18 +89,20 @@ class _Digest:
     infinities: int = 0
 
 
-def fingerprint(checkpoint: Checkpoint, cache: bool = True, report: Report | None = None) -> Fingerprint:
+def fingerprint(
+    checkpoint: Checkpoint, cache: bool = True, report: Callable[[str], None] | None = None
+) -> Fingerprint:
     """Hash a checkpoint's tensors and look for NaN and infinity in them.
 
     Args:
         cache: whether a file with known path, size and times may be taken from the cache of this user
             (`MEIOSIS_CACHE`, by default `~/.cache/meiosis`), and be put there.
-        report: called as the work goes on.
+        report: called with a line now and then, if there is enough to read that it takes a while.
 
     Raises:
         CheckpointError: a file cannot be read, or changed since the checkpoint was opened.
     """
-    progress = _Progress(checkpoint.nbytes, report)
+    progress = ByteProgress(f"hashing {checkpoint.folder}", checkpoint.nbytes, report)
     known = read_cache() if cache else {}
     digests: dict[str, _Digest] = {}
     fresh: dict[str, Any] = {}
@@ -168,18 +167,7 @@ def combine_hashes(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> 
     return hashed.hexdigest()
 
 
-class _Progress:
-    def __init__(self, total: int, report: Report | None) -> None:
-        self._done, self._total, self._report, self._lock = 0, total, report, threading.Lock()
-
-    def advance(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._report is not None:
-                self._report(self._done, self._total)
-
-
-def _digest_file(tensors: list[TensorInfo], progress: _Progress) -> dict[str, _Digest]:
+def _digest_file(tensors: list[TensorInfo], progress: ByteProgress) -> dict[str, _Digest]:
     """Hash the tensors of one file in parallel; hashlib and numpy let go of the interpreter meanwhile."""
     largest_first = sorted(tensors, key=lambda tensor: -tensor.nbytes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -187,7 +175,7 @@ def _digest_file(tensors: list[TensorInfo], progress: _Progress) -> dict[str, _D
         return {tensor.name: digest for tensor, digest in zip(largest_first, found, strict=True)}
 
 
-def _digest(tensor: TensorInfo, progress: _Progress) -> _Digest:
+def _digest(tensor: TensorInfo, progress: ByteProgress) -> _Digest:
     """Read with `readinto`, not through a mapping: a file that shrinks is an error here, not a SIGBUS."""
     sha256, left = hashlib.sha256(), tensor.nbytes
     buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))

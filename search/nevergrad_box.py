@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,9 @@ class NevergradBox:
             self._optimizer.tell(candidate, loss)
 
     def parts(self) -> set[str]:
-        """Names of the classes of all optimisers inside this one, its own and their bases included."""
+        """Names of all optimisers inside this one; of their base classes only the foreign minimisers'."""
         from nevergrad.optimization.base import ConfiguredOptimizer, Optimizer
+        from nevergrad.optimization.recaster import RecastOptimizer
 
         names: set[str] = set()
         pending: list[Any] = [self._optimizer]
@@ -77,18 +79,29 @@ class NevergradBox:
             elif isinstance(part, ConfiguredOptimizer):
                 names.add(part.name)
                 pending += [part._OptimizerClass, *part.__dict__.values()]
-            elif isinstance(part, type) and issubclass(part, Optimizer):
-                names.update(base.__name__ for base in part.__mro__)
-            elif isinstance(part, Optimizer):
-                names.update(base.__name__ for base in type(part).__mro__)
-                pending += part.__dict__.values()
-        return {name.lstrip("_") for name in names}
+            elif isinstance(part, (type, Optimizer)):
+                kind = part if isinstance(part, type) else type(part)
+                if issubclass(kind, Optimizer):
+                    names.add(kind.__name__.lstrip("_"))
+                if issubclass(kind, RecastOptimizer):
+                    names.add(RecastOptimizer.__name__)
+                if isinstance(part, Optimizer):
+                    pending += part.__dict__.values()
+        return names
+
+
+@cache
+def _blas() -> Any:
+    """The BLAS libraries that are loaded, looked up once: looking costs more than an ask."""
+    import cma  # noqa: F401 - brings in all that an optimiser uses
+    import nevergrad  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _one_blas_thread() -> Any:
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(limits=1)
+    return _blas().limit(limits=1, user_api="blas")
 
 
 def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:

@@ -13,7 +13,7 @@ def write_report(folder: RunFolder, setup: Setup, verdict: Verdict) -> None:
     """Write `report.md` into the run folder."""
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     lines = [
-        f"# Run {folder.path.name}",
+        f"# Run {folder.name}",
         "",
         verdict.sentence(),
         "",
@@ -26,4 +26,4 @@ def write_report(folder: RunFolder, setup: Setup, verdict: Verdict) -> None:
         markdown_table(verdict),
         "",
     ]
-    write_atomic(folder.path / "report.md", "\n".join(lines).encode())
+    write_atomic(folder.report, "\n".join(lines).encode())

@@ -149,7 +149,7 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
 
         limits = Limits(search.budget, in_flight, ordered=search.order == "ordered")
         driver = Driver(
-            make_population(setup, in_flight), history, Spool(folder.path / "spool"), pool, limits, watcher.progress
+            make_population(setup, in_flight), history, Spool(folder.spool), pool, limits, watcher.progress
         )
         try:
             ended = _ended(history.events())
@@ -165,7 +165,7 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
             done = sum(1 for _, items in driver.trials if items == "search")
             raise InterruptedRun(
                 f"stopped: {done} of {search.budget} candidates are saved in {folder.path}; "
-                f"go on with: meiosis resume {folder.shown}"
+                f"go on with: meiosis resume {folder.path}"
             ) from None
         finally:
             driver.close()
@@ -180,7 +180,7 @@ def _manifest(setup: Setup) -> dict[str, Any]:
     config = setup.config
     return {
         "format": FORMAT,
-        "config_name": config.name,
+        "name": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "window": window(config),
@@ -216,9 +216,9 @@ def export_trial(
         trial = ended.winner if ended is not None else _best_so_far(trials, folder)
     if not 0 <= trial < len(population.candidates):
         raise UserError(
-            f"run {folder.path.name} has no trial {trial}; it has 0 to {len(population.candidates) - 1}"
+            f"run {folder.name} has no trial {trial}; it has 0 to {len(population.candidates) - 1}"
             if population.candidates
-            else f"run {folder.path.name} has no trials yet"
+            else f"run {folder.name} has no trials yet"
         )
     candidate = population.candidates[trial]
     export_candidate(setup, candidate, trials, out, verdict=ended, overwrite=overwrite)
@@ -228,5 +228,5 @@ def export_trial(
 def _best_so_far(trials: Mapping[Key, Trial], folder: RunFolder) -> int:
     usable = [t for t in trials.values() if t.items == "search" and t.feasible and t.loss is not None]
     if not usable:
-        raise UserError(f"run {folder.path.name} has no feasible trial yet; name one with --trial")
+        raise UserError(f"run {folder.name} has no feasible trial yet; name one with --trial")
     return min(usable, key=lambda t: (t.loss, t.candidate)).candidate

@@ -54,11 +54,11 @@ def run_status(folder: RunFolder) -> RunStatus:
     usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
-    state = "running" if folder.in_use() else "finished" if ended and folder.best.exists() else "stopped"
+    state = "running" if folder.owner() else "finished" if ended and folder.best.exists() else "stopped"
     last = max((trial.recorded_at for trial in trials), default=None)
     return RunStatus(
-        name=folder.path.name,
-        path=folder.shown,
+        name=folder.name,
+        path=str(folder.path),
         state=state,
         done=len(searched),
         budget=manifest["config"]["search"]["budget"],

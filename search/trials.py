@@ -44,17 +44,20 @@ def trial_event(outcome: Outcome, judgement: Judgement | None) -> Trial:
     )
 
 
-def outcome_of(trial: Trial, candidate: int) -> Outcome:
-    """A recorded result as the outcome of another candidate with the same recipe."""
+def outcome_of(trial: Trial) -> Outcome:
+    """A recorded result as the pool returned it."""
     kind: FailureKind | None = trial.failure_kind  # type: ignore[assignment]  # written from a FailureKind
     return Outcome(
-        candidate,
+        trial.candidate,
         trial.items,
         scores=trial.scores,
         metrics=trial.metrics,
         failure=Failure(kind, trial.failure_message) if kind else None,
         weights_sha256=trial.weights_sha256,
-        attempts=0,
+        merge_seconds=trial.merge_seconds,
+        evaluate_seconds=trial.evaluate_seconds,
+        worker=trial.worker,
+        attempts=trial.attempts,
     )
 
 

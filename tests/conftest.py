@@ -26,3 +26,6 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     session = open_session(None, cpus=2, log=log)
     yield session
     session.close()
+
+
+from family import family, family_config  # noqa: E402, F401 - fixtures

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -324,7 +323,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     write_single(tmp_path / "model")
     (tmp_path / "model" / WEIGHTS).unlink()
     (tmp_path / "model" / WEIGHTS).mkdir()
-    with pytest.raises(CheckpointError, match="model.safetensors: is not a regular file"):
+    with pytest.raises(CheckpointError, match="is not a regular file"):
         open_checkpoint(tmp_path / "model")
 
 
@@ -357,6 +356,37 @@ def test_any_damage_to_a_header_is_a_checkpoint_error_or_harmless(
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
     (folder / WEIGHTS).write_bytes(content)
+    message = outcome(folder)
+    assert message is None or (len(message.splitlines()) == 1 and str(folder) in message)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-3, 200) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(["dtype", "shape", "data_offsets", None]), value=JSON, name=st.text(max_size=4))
+def test_any_value_in_a_header_is_a_checkpoint_error_or_harmless(
+    key: str | None, value: object, name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_single(folder)
+    header, data = parts(folder / WEIGHTS)
+    if key is None:
+        header[name] = value
+    else:
+        header["embed.weight"][key] = value
+    put(folder / WEIGHTS, header, data)
+    message = outcome(folder)
+    assert message is None or (len(message.splitlines()) == 1 and str(folder) in message)
+
+
+def outcome(folder: Path) -> str | None:
+    """What is said of a checkpoint; None if it opens, and then the library must read every tensor."""
     try:
         opened = open_checkpoint(folder)
         check(folder)
@@ -364,5 +394,5 @@ def test_any_damage_to_a_header_is_a_checkpoint_error_or_harmless(
             for name in read.names:
                 assert tuple(read.get(name).shape) == opened.tensors[name].shape
     except CheckpointError as error:
-        assert len(str(error).splitlines()) == 1
-        assert re.search(r"\bmodel\b", str(error))
+        return str(error)
+    return None

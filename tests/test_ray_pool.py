@@ -89,7 +89,9 @@ def test_twenty_jobs_on_three_workers_run_once_each_and_start_in_order(
     assert said == ["starting Ray", "worker 1/3 ready", "worker 2/3 ready", "worker 3/3 ready"]
 
 
-def test_one_worker_runs_jobs_in_the_order_of_submission(make: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_one_worker_runs_jobs_in_the_order_of_submission(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
     pool = make()
     order = [5, 3, 9, 1, 7]
     for candidate in order:
@@ -113,7 +115,9 @@ def test_a_worker_killed_in_mid_trial_costs_one_more_start_of_its_job_and_nothin
     assert sorted(starts(tmp_path)) == [0, 0, 1, 2, 3, 4, 5]
 
 
-def test_failures_of_every_kind_stay_with_their_candidate(make: Callable[..., RayPool], tmp_path: Path) -> None:
+def test_failures_of_every_kind_stay_with_their_candidate(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
     said: list[str] = []
     pool = make(2, trial_seconds=3.0, report=said.append)
     scripts: list[tuple[str, dict[str, Any]]] = [
@@ -214,7 +218,10 @@ def test_impossible_arguments_are_refused_before_ray_starts(tmp_path: Path) -> N
     for arguments, message in [
         ({"workers": 0}, r"cluster\.workers is 0"),
         ({"workers": 1, "trial_seconds": 0.0}, r"cluster\.trial_seconds is 0"),
-        ({"workers": 1, "address": "ray://head:10001"}, r"'ray://head:10001' is no address of a Ray head"),
+        (
+            {"workers": 1, "address": "ray://head:10001"},
+            r"'ray://head:10001' is not the address of a Ray head",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             RayPool(plan(tmp_path), working_folder=tmp_path, **arguments)  # type: ignore[arg-type]
@@ -227,9 +234,7 @@ def test_a_process_uses_one_ray_at_a_time(ray_session: Session) -> None:
 
 def identity_of(folder: Path) -> dict[str, Any]:
     """What a fresh process that imports our packages from `folder` says about itself."""
-    code = (
-        "import json, dataclasses, cluster.handshake as h; print(json.dumps(dataclasses.asdict(h.identity())))"
-    )
+    code = "import json, dataclasses as d, cluster.handshake as h; print(json.dumps(d.asdict(h.identity())))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env={**os.environ, "PYTHONPATH": str(folder)},
@@ -266,7 +271,14 @@ def test_a_difference_is_named_with_node_package_and_both_digests() -> None:
     theirs = replace(ours, node="node-7", packages={**ours.packages, "search": package})
     with pytest.raises(WorkerError) as caught:
         compare(ours, theirs, "worker-1")
-    for part in ("worker-1", "node-7", "'search'", "f" * 16, ours.packages["search"].sha256[:16], "/opt/search"):
+    for part in (
+        "worker-1",
+        "node-7",
+        "'search'",
+        "f" * 16,
+        ours.packages["search"].sha256[:16],
+        "/opt/search",
+    ):
         assert part in str(caught.value)
     with pytest.raises(WorkerError, match=r"torch 1\.0, expected"):
         compare(ours, replace(ours, libraries={**ours.libraries, "torch": "1.0"}), "worker-1")
@@ -276,7 +288,8 @@ DRIVER = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 packages, tests, notes = map(Path, sys.argv[1:4])
-sys.path += [str(packages), str(tests)]  # at the end, where an editable install is
+sys.path[:0] = [str(packages)]  # a place that workers do not know of, whatever is installed
+sys.path += [str(tests)]
 hits = []
 signal.signal(signal.SIGTERM, lambda *_: hits.append("SIGTERM"))
 
@@ -312,11 +325,11 @@ if __name__ == "__main__":
 
     with (packages / "search" / "pool.py").open("a") as source:
         source.write("# changed during the run\\n")
-    pool.submit(job(3, "exit_once"))
+    refused = ""
     try:
-        while not pool.wait(5):
-            pass
-        refused = ""
+        for candidate in range(3, 60):  # the other worker goes on until the new one says what it runs
+            pool.submit(job(3, "exit_once") if candidate == 3 else job(candidate, "sleep", seconds=0.2))
+            pool.wait(5)
     except WorkerError as error:
         refused = str(error)
 
@@ -350,7 +363,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             (where / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
     script.write_text(DRIVER)
     packages = copy_packages(folder / "packages")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))
+    }
     done = subprocess.run(
         # -P: like a console script, the driver does not look for modules beside its script.
         [sys.executable, "-P", str(script), str(packages), str(ROOT / "tests"), str(notes)],
@@ -402,3 +417,62 @@ def test_ray_sends_no_statistics_and_asks_for_a_token(driver: dict[str, Any]) ->
     assert driver["environment"]["RAY_AUTH_MODE"] == "token"
     token = Path.home() / ".ray" / "auth_token"
     assert not token.exists() or token.stat().st_mode & 0o077 == 0
+
+
+NODE_DEATH = """
+import json, os, signal, sys, time
+from pathlib import Path
+tests, notes = map(Path, sys.argv[1:3])
+sys.path.append(str(tests))
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+
+if __name__ == "__main__":
+    from ray.cluster_utils import Cluster
+    small = dict(object_store_memory=10**8)
+    cluster = Cluster(True, head_node_args=dict(num_cpus=1, include_dashboard=False, **small))
+    other = cluster.add_node(num_cpus=1, **small)
+    from worker_bodies import job, plan, starts
+    from cluster.pool import RayPool
+    said = []
+    pool = RayPool(plan(notes), workers=3, body="worker_bodies:Scripted", working_folder=notes,
+                   address=cluster.address, report=said.append)
+    pool.ready()
+    for candidate in range(6):
+        pool.submit(job(candidate, "sleep", seconds=3 if candidate < 2 else 0.1))
+    while len(starts(notes)) < 2:
+        pool.wait(0.0)
+    cluster.remove_node(other, allow_graceful=False)
+    results = []
+    while len(results) < 6:
+        results += [(o.candidate, o.failure and o.failure.kind, o.attempts) for o in pool.wait(5)]
+    joined = cluster.add_node(num_cpus=1, **small)
+    for candidate in range(100, 400):
+        pool.submit(job(candidate, "sleep", seconds=0.2))
+    workers = set()
+    end = time.monotonic() + 50
+    while len(workers) < 2 and time.monotonic() < end:
+        workers.update(outcome.worker for outcome in pool.wait(1))
+    pool.close()
+    print(json.dumps(dict(results=sorted(results), said=said, workers=len(workers))))
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_no_job_and_one_that_joins_gets_a_worker(tmp_path: Path) -> None:
+    script, notes = tmp_path / "driver.py", tmp_path / "notes"
+    notes.mkdir()
+    script.write_text(NODE_DEATH)
+    done = subprocess.run(
+        [sys.executable, str(script), str(ROOT / "tests"), str(notes)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [result[:2] for result in found["results"]] == [[candidate, None] for candidate in range(6)]
+    assert sum(attempts for _, _, attempts in found["results"]) == 7
+    assert "there is room for 2 of 3 workers until nodes join" in found["said"]
+    assert found["workers"] == 2

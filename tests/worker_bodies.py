@@ -49,7 +49,7 @@ class Scripted:
         rule = job.recipe.rules[0]
         outcome = Outcome(job.candidate, job.items, metrics={"test.square": float(job.candidate**2)})
         changed: Any = getattr(self, rule.operator)(outcome, **rule.parameters)
-        return changed if changed is not None else outcome  # type: ignore[no-any-return]
+        return changed if changed is not None else outcome
 
     def square(self, outcome: Outcome) -> None:
         pass

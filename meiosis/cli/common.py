@@ -55,7 +55,7 @@ def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
     if cluster.pool == "local":
         from search.local_pool import LocalPool
 
-        return LocalPool(plan)
+        return LocalPool(plan, cluster.workers)
     from cluster.pool import RayPool
 
     return RayPool(

@@ -64,4 +64,4 @@ def show(finished: Finished, as_json: bool) -> None:
     console.print(verdict_table(finished.verdict))
     console.print(finished.verdict.sentence(), soft_wrap=True)
     console.print(f"Exported model: {finished.model}", soft_wrap=True)
-    console.print(f"Report: {finished.folder.path / 'report.md'}", soft_wrap=True)
+    console.print(f"Report: {finished.folder.report}", soft_wrap=True)

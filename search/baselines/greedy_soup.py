@@ -14,7 +14,7 @@ from search.baseline import Generation0, Proposal, parent_label, parents_by_loss
 def PLUGIN(known: Generation0) -> Iterator[Proposal | None]:  # noqa: N802 - the name that registries look for
     """Mean of the sources that help, added best first."""
     ranked = yield from parents_by_loss(known)
-    soup = (ranked[0],)
+    soup: tuple[str, ...] = (ranked[0],)
     best = known.loss(parent_label(ranked[0]))
     for source in ranked[1:]:
         attempt = (*soup, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -124,6 +124,14 @@ class TensorInputs:
         if part.dtype == self.dtype and part.device == self.device:
             return part
         return self._scratch.get(key, self.dtype, self.device, self._step)[: stop - start].copy_(part)
+
+
+def sum_of_weights(weights: Iterable[float], dtype: torch.dtype) -> float:
+    """The sum of weights, rounded to `dtype` at each step: what a sum of tensors times weights divides by."""
+    total = torch.zeros((), dtype=dtype)
+    for weight in weights:
+        total += torch.tensor(weight, dtype=dtype)
+    return float(total)
 
 
 def row_sums(values: Tensor) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from search.merge.inputs import row_sums
+from search.merge.inputs import row_sums, sum_of_weights
 from search.merge.masks import LEVELS, CounterMask
 from search.merge.operator import Apply, Block, Inputs
 
@@ -45,7 +45,7 @@ def sum_task_vectors(
 ) -> Apply:
     """base + lambda * sum_i factor_i trim_i(d_i), over sum_i w_i if `normalize`."""
     scale = float(shared["lambda"])
-    total = float(torch.tensor([float(values["weight"]) for values in per_source], dtype=inputs.dtype).sum())
+    total = sum_of_weights((float(values["weight"]) for values in per_source), inputs.dtype)
     if not shared["normalize"] or abs(total) < TINY_WEIGHT:
         total = 1.0
     # A tensor, because CUDA divides by a Python number with its rounded reciprocal.

@@ -254,4 +254,5 @@ def read_table(folder: Path | str) -> pa.Table:
     """
     import pyarrow as pa
 
-    return pa.concat_tables([schema().empty_table(), *read_contents(Path(folder)).all_tables])
+    nothing = pa.Table.from_batches([], schema())
+    return pa.concat_tables([nothing, *read_contents(Path(folder)).all_tables])

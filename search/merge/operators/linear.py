@@ -35,10 +35,12 @@ class Linear(Operator):
     ) -> Apply:
         import torch
 
+        from search.merge.inputs import sum_of_weights
+
         weights = [float(values["weight"]) for values in per_source]
         normalize = bool(shared["normalize"])
         # A tensor, because CUDA divides by a Python number with its rounded reciprocal.
-        total = torch.tensor(sum(weights), dtype=inputs.dtype, device=inputs.device)
+        total = torch.tensor(sum_of_weights(weights, inputs.dtype), dtype=inputs.dtype, device=inputs.device)
 
         def apply(block: Block, out: Tensor) -> None:
             torch.mul(block.sources[0], weights[0], out=out)
