@@ -138,6 +138,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "it does not answer any more"
     text = str(error)
+    if "unexpectedly exits with a connection error" in text:
+        return "its process died: killed, out of memory, or crashed"
     detail = re.search(r"Worker exit detail: (.+?)(?:\. |\n|$)", text)
     return detail.group(1) if detail else one_line(error)
 

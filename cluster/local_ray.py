@@ -15,9 +15,11 @@ import atexit
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -30,6 +32,7 @@ from search.errors import UserError, WorkerError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
+CONNECT_SECONDS = 5.0
 _PREFIX = "meiosis-"
 _LONGEST_BASE = 22
 """Longest folder for Ray's files: below it come 68 characters of Ray's own and a name of 17, and a
@@ -82,7 +85,7 @@ def open_session(
     """Ray for this process: what it has already, or that at `address`, or a new one on this machine.
 
     Args:
-        address: `host:port` of a cluster, `auto` for the one on this machine; None: start our own.
+        address: `host:port` of the head of a cluster; None: start our own.
         cpus: workers that Ray should keep warm, in a Ray of our own.
         with_gpus: whether our own Ray looks for GPUs.
         log: file for what Ray prints; by default it is dropped.
@@ -92,7 +95,7 @@ def open_session(
         WorkerError: Ray does not start, or nobody answers at the address.
     """
     global _session  # noqa: PLW0603 - Ray is one per process as well
-    if address is not None and ("://" in address or not (address == "auto" or ":" in address)):
+    if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
         raise UserError(
             f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'"
         )
@@ -151,6 +154,14 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
 def _join(address: str, log: Path | None) -> Session:
     import ray
 
+    host, _, port = address.partition(":")
+    try:  # Ray itself would try for more than five minutes
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(
+            f"no Ray head answers at '{address}' ({_line(error)}); start one with 'ray start --head', "
+            "or leave the address out to run on this machine"
+        ) from error
     stdout = _SplitStdout(log)
     try:
         with _same_signal_handlers():
@@ -159,10 +170,7 @@ def _join(address: str, log: Path | None) -> Session:
         ray.shutdown()
         stdout.restore()
         if isinstance(error, Exception):
-            raise WorkerError(
-                f"no Ray cluster can be joined at '{address}': {_line(error)}; start one with "
-                "'ray start --head', or leave the address out to run on this machine"
-            ) from error
+            raise WorkerError(f"the Ray cluster at '{address}' cannot be joined: {_line(error)}") from error
         raise
     return Session(address, False, _added_path(), _stdout=stdout)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 
 if TYPE_CHECKING:
     import torch
@@ -96,17 +96,18 @@ def absolute_path(path: Path, info: ValidationInfo) -> Path:
     For validators of options; `ConfigPath` is one. The folder comes with the validation context,
     `Options.model_validate(data, context={"folder": folder})`, as `make_evaluator` gives it. What was
     resolved is absolute, so options that were written out mean the same everywhere.
-
-    Raises:
-        ValueError: an empty path.
     """
-    if path == Path():  # what pydantic makes of ''; a folder is never meant to be left out
-        raise ValueError("the path is empty; write './' for the folder of the config itself")
     folder = (info.context or {}).get("folder") or Path()
     return (folder / path.expanduser()).resolve()
 
 
-ConfigPath = Annotated[Path, AfterValidator(absolute_path)]
+def _not_empty(value: object) -> object:
+    if value == "":  # pydantic would read it as the current folder, which nobody means
+        raise ValueError("the path is empty; write '.' for the folder of the config itself")
+    return value
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(absolute_path)]
 """Type of options that are paths: relative ones start at the folder of the config file."""
 
 
@@ -155,7 +156,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def items(self, pool: ItemPool) -> Sequence[str]:
-        """Ids of the items of a pool, in a fixed order, after `prepare`. Ids are unique over pools."""
+        """Ids of the items of a pool, in a fixed order, unique over pools. Works without `prepare`."""
 
     def document_of(self, item: str) -> str:
         """What an item was taken from: items of one document are not independent of each other.
@@ -194,7 +195,7 @@ class Evaluator(ABC):
         per_item = [name for name, metric in self.metrics.items() if metric.per_item]
         if total <= 0:
             return {name: float("nan") for name in per_item}
-        return {name: float(scores.values[name] @ scores.weights) / total for name in per_item}
+        return {name: float((scores.values[name] * scores.weights).sum()) / total for name in per_item}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Driver:
         pool: makes the workers; called when the first job must be sent, since a run may need none.
         limits: budget and window.
         report: is called with the state after every change.
+        stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Driver:
         pool: Callable[[], Pool],
         limits: Limits,
         report: Callable[[Progress], None] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
-        self._spool, self._make_pool, self._report = spool, pool, report
+        self._spool, self._make_pool, self._report, self._stop = spool, pool, report, stop
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
         self._open: dict[Key, None] = {}
@@ -127,6 +129,8 @@ class Driver:
 
     def _collect(self) -> None:
         """Commit what may be committed; if nothing may, wait for results."""
+        if self._stop():
+            raise KeyboardInterrupt
         key = self._next_to_commit()
         if key is not None:
             self._commit(key)

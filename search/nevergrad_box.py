@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from functools import cache
@@ -30,8 +31,7 @@ class NevergradBox:
     """
 
     def __init__(self, make: Any, problem: Problem) -> None:
-        import nevergrad as ng
-
+        ng, _ = import_nevergrad()
         # Bounds by clipping of the coordinate keep the box flat; nevergrad's own RandomState, never global.
         array = ng.p.Array(init=problem.start.copy(), lower=0.0, upper=1.0)
         array.random_state = np.random.RandomState(problem.seed)
@@ -90,12 +90,21 @@ class NevergradBox:
         return names
 
 
+def import_nevergrad() -> tuple[Any, Any]:
+    """nevergrad and cma, without cma's warning that it cannot plot."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not import matplotlib")
+        import cma
+        import nevergrad
+    return nevergrad, cma
+
+
 @cache
 def _blas() -> Any:
     """The BLAS libraries that are loaded, looked up once: looking costs more than an ask."""
-    import cma  # noqa: F401 - brings in all that an optimiser uses
-    import nevergrad  # noqa: F401
     from threadpoolctl import ThreadpoolController
+
+    import_nevergrad()
 
     return ThreadpoolController()
 
@@ -113,8 +122,7 @@ def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
     Raises:
         UserError: unknown, or refused; the message says why and what to use.
     """
-    import nevergrad as ng
-
+    ng, _ = import_nevergrad()
     registry = ng.optimizers.registry
     if name not in registry:
         raise UserError(f"unknown optimizer '{name}'{nearest(name, [*ours, *registry])}")

@@ -26,6 +26,7 @@ from search.population import Candidate, Population
 from search.progress import Progress
 from search.report import write_report
 from search.setup import Setup, check, window
+from search.stopping import stop_requests
 from search.store.events import End, Event, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
@@ -138,7 +139,7 @@ def make_population(setup: Setup, in_flight: int) -> Population:
 def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Watcher) -> Finished:
     search = setup.config.search
     in_flight = int(folder.manifest()["window"])
-    with folder.lock(), History.open(folder.history) as history:
+    with folder.lock(), History.open(folder.history) as history, stop_requests(watcher.line) as stop:
         if history.recovered:
             watcher.line(history.recovered)
 
@@ -148,9 +149,8 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
             return make_pool(setup, setup.worker_plan(str(working / "prepared")), working)
 
         limits = Limits(search.budget, in_flight, ordered=search.order == "ordered")
-        driver = Driver(
-            make_population(setup, in_flight), history, Spool(folder.spool), pool, limits, watcher.progress
-        )
+        population = make_population(setup, in_flight)
+        driver = Driver(population, history, Spool(folder.spool), pool, limits, watcher.progress, stop)
         try:
             ended = _ended(history.events())
             if ended is None:

@@ -20,7 +20,7 @@ from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.fingerprint import fingerprint, refuse_non_finite
 from search.objective import Objective, make_objective
-from search.optimizer import MakeOptimizer, Problem, optimizer_named
+from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, optimizer_named
 from search.pool import WorkerPlan
 from search.recipe import ModelRef
 from search.space import Space, SpaceError, make_space
@@ -129,7 +129,8 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         except SpaceError as error:
             faults.add(("space", *error.key), str(error))
         _check_architecture(checkpoints[BASE], evaluators, faults)
-    if space is not None and make_optimizer is not None:
+    # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
+    if space is not None and make_optimizer is not None and config.search.optimizer.name not in OPTIMIZERS.names():
         try:
             make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
         except UserError as error:
@@ -266,7 +267,8 @@ def _absolute(
         name: {"use": loaded.config.evaluators[name].use, **evaluator.options.model_dump(mode="json")}
         for name, evaluator in evaluators.items()
     }
-    data["results"] = str(Path(loaded.folder, Path(loaded.config.results).expanduser()).resolve())
+    # What a command writes goes where the user stands, what it reads is found from the config.
+    data["results"] = str(Path(loaded.config.results).expanduser().resolve())
     return Config.model_validate(data)
 
 

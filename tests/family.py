@@ -26,7 +26,9 @@ def _texts() -> dict[str, list[str]]:
     include = Path(torch.__file__).parent / "include" / "c10" / "util"
     headers = "".join(path.read_text(errors="replace") for path in sorted(include.glob("[A-F]*.h")))
     cut = {"python": source, "english": topics, "cpp": headers}
-    return {name: [text[i : i + 240] for i in range(2000, 2000 + 60 * 240, 240)] for name, text in cut.items()}
+    return {
+        name: [text[i : i + 240] for i in range(2000, 2000 + 60 * 240, 240)] for name, text in cut.items()
+    }
 
 
 def _train(model: Any, tokenizer: Any, texts: list[str], steps: int, rate: float) -> None:
@@ -58,10 +60,15 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([text for domain in DOMAINS for text in texts[domain][:30]], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -85,11 +92,17 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("base", *DOMAINS):
         tokenizer.save_pretrained(folder / name)
     for domain in DOMAINS:
-        pools = {"search": texts[domain][30:38], "select": texts[domain][38:46], "certify": texts[domain][46:60]}
+        pools = {
+            "search": texts[domain][30:38],
+            "select": texts[domain][38:46],
+            "certify": texts[domain][46:60],
+        }
         for pool, passages in pools.items():
             path = folder / "data" / domain / f"{pool}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [json.dumps({"id": f"{domain}-{pool}-{i}", "text": text}) for i, text in enumerate(passages)]
+            rows = [
+                json.dumps({"id": f"{domain}-{pool}-{i}", "text": text}) for i, text in enumerate(passages)
+            ]
             path.write_text("\n".join(rows) + "\n")
     torch.set_num_threads(threads)
     return folder
@@ -111,7 +124,8 @@ def config_of(family: Path, results: Path) -> dict[str, Any]:
             name: {
                 "use": "perplexity",
                 "data": {
-                    pool: str(family / "data" / name / f"{pool}.jsonl") for pool in ("search", "select", "certify")
+                    pool: str(family / "data" / name / f"{pool}.jsonl")
+                    for pool in ("search", "select", "certify")
                 },
             }
             for name in DOMAINS

@@ -88,7 +88,10 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "unknown top key": (put("evaluatorz", {}), ["evaluatorz", "unknown key", "did you mean 'evaluators'?"]),
     "unknown search key": (put("search.budgett", 3), ["search.budgett", "did you mean 'budget'?"]),
     "unknown cluster key": (put("cluster.worker", 3), ["cluster.worker", "did you mean 'workers'?"]),
-    "unknown key in a gene range": (put(f"{SPACE}.lo", 0), ["space.parameters.weight.lo", "did you mean 'low'?"]),
+    "unknown key in a gene range": (
+        put(f"{SPACE}.lo", 0),
+        ["space.parameters.weight.lo", "did you mean 'low'?"],
+    ),
     "unknown evaluator option": (put("evaluators.python.strid", 4), ["evaluators.python.strid", "'stride'?"]),
     "no models": (drop("models"), ["models", "missing"]),
     "no base": (drop("models.base"), ["models.base", "missing"]),
@@ -100,7 +103,10 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "negative seed": (put("seed", -1), ["seed", "greater than or equal to 0"]),
     "no workers": (put("cluster.workers", 0), ["cluster.workers", "greater than or equal to 1"]),
     "workers is a fraction": (put("cluster.workers", 1.5), ["cluster.workers", "integer"]),
-    "bounds crossed": (put(SPACE, {"low": 1, "high": 0}), ["space.parameters.weight", "low must be below high"]),
+    "bounds crossed": (
+        put(SPACE, {"low": 1, "high": 0}),
+        ["space.parameters.weight", "low must be below high"],
+    ),
     "initial out of bounds": (
         put(SPACE, {"low": 0, "high": 1, "initial": 2}),
         ["space.parameters.weight", "initial 2 lies outside"],
@@ -110,35 +116,77 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
         put("space", {"operator": "ties", "parameters": {"density": {"low": 0, "high": 2}}}),
         ["space.parameters.density", "beyond"],
     ),
-    "unknown operator": (put("space.operator", "task_arithmetics"), ["space.operator", "did you mean 'task_arith"]),
-    "unknown parameter": (put("space.parameters.wieght", 1.0), ["parameters.wieght", "did you mean 'weight'?"]),
+    "unknown operator": (
+        put("space.operator", "task_arithmetics"),
+        ["space.operator", "did you mean 'task_arith"],
+    ),
+    "unknown parameter": (
+        put("space.parameters.wieght", 1.0),
+        ["parameters.wieght", "did you mean 'weight'?"],
+    ),
     "slerp of three": (put("space", {"operator": "slerp"}), ["space.operator", "exactly 2 sources", "has 3"]),
     "nothing to search": (put(SPACE, 0.5), ["space.parameters", "nothing to search"]),
     "unknown split": (put("space.split", ["attn"]), ["space.split.0", "'attn'", "attention"]),
     "bad pattern": (put("space.patterns", {"early": "("}), ["space.patterns", "not a regular expression"]),
-    "pattern without tensors": (put("space.patterns", {"early": "qqq"}), ["patterns.early", "no tensor name matches"]),
-    "unknown evaluator": (put("evaluators.python.use", "perplexitty"), ["evaluators.python.use", "'perplexity'?"]),
+    "pattern without tensors": (
+        put("space.patterns", {"early": "qqq"}),
+        ["patterns.early", "no tensor name matches"],
+    ),
+    "unknown evaluator": (
+        put("evaluators.python.use", "perplexitty"),
+        ["evaluators.python.use", "'perplexity'?"],
+    ),
     "evaluator without use": (drop("evaluators.python.use"), ["evaluators.python.use", "missing"]),
-    "module that is not there": (put("evaluators.python.use", "nowhere:Thing"), ["cannot be imported", "nowhere"]),
+    "module that is not there": (
+        put("evaluators.python.use", "nowhere:Thing"),
+        ["cannot be imported", "nowhere"],
+    ),
     "unknown metric": (put("objectives.terms.0", "python.nnl"), ["objectives", "did you mean 'python.nll'?"]),
     "metric without evaluator": (put("objectives.terms.0", "nll"), ["objectives", "pattern"]),
-    "weight zero": (put("objectives.terms.0", {"metric": "python.nll", "weight": 0}), ["weight", "greater than 0"]),
-    "constraint that is none": (put("constraints", ["python.nll < 3"]), ["constraints.0", "not a constraint"]),
-    "constraint on nothing": (put("constraints", ["cpp.acc <= 3"]), ["constraints.0", "no evaluator gives 'cpp.acc'"]),
-    "unknown optimizer": (put("search.optimizer", "TwoPointDE"), ["search.optimizer", "did you mean 'TwoPointsDE'?"]),
-    "banned optimizer": (put("search.optimizer", "NGOpt"), ["search.optimizer", "refused", "crashes in mid-run"]),
+    "weight zero": (
+        put("objectives.terms.0", {"metric": "python.nll", "weight": 0}),
+        ["weight", "greater than 0"],
+    ),
+    "constraint that is none": (
+        put("constraints", ["python.nll < 3"]),
+        ["constraints.0", "not a constraint"],
+    ),
+    "constraint on nothing": (
+        put("constraints", ["cpp.acc <= 3"]),
+        ["constraints.0", "no evaluator gives 'cpp.acc'"],
+    ),
+    "unknown optimizer": (
+        put("search.optimizer", "TwoPointDE"),
+        ["search.optimizer", "did you mean 'TwoPointsDE'?"],
+    ),
+    "banned optimizer": (
+        put("search.optimizer", "NGOpt"),
+        ["search.optimizer", "refused", "crashes in mid-run"],
+    ),
     "threaded optimizer": (put("search.optimizer", "Cobyla"), ["search.optimizer", "refused", "never end"]),
-    "unknown baseline": (put("search.baselines", ["greedysoup"]), ["baselines.0", "did you mean 'greedy_soup'?"]),
+    "unknown baseline": (
+        put("search.baselines", ["greedysoup"]),
+        ["baselines.0", "did you mean 'greedy_soup'?"],
+    ),
     "unknown order": (put("search.order", "orderd"), ["search.order", "'orderd'", "'ordered' or 'arrival'"]),
     "base folder missing": (put("models.base", "./nowhere"), ["models.base", "nowhere"]),
-    "source folder missing": (put("models.sources.cpp", "/no/such/model"), ["models.sources.cpp", "/no/such/model"]),
-    "a source called base": (put("models.sources.base", "x"), ["models.sources", "'base' names the base model"]),
+    "source folder missing": (
+        put("models.sources.cpp", "/no/such/model"),
+        ["models.sources.cpp", "/no/such/model"],
+    ),
+    "a source called base": (
+        put("models.sources.base", "x"),
+        ["models.sources", "'base' names the base model"],
+    ),
     "other architecture": (
         other_model(lambda data: data.update(architectures=["MistralForCausalLM"], model_type="mistral")),
         ["models.sources.cpp", "Mistral", "Llama"],
     ),
     "other shapes": (other_shape, ["models.sources.cpp", "shape"]),
-    "data file missing": (put("evaluators.python.data.search", "nowhere.jsonl"), ["evaluators.python", "nowhere.jsonl"]),
+    "data file missing": (
+        put("evaluators.python.data.search", "nowhere.jsonl"),
+        ["evaluators.python", "nowhere.jsonl"],
+    ),
     "data file broken": (broken_jsonl, ["evaluators.python", "broken.jsonl:2"]),
     "data file empty": (empty_data, ["evaluators.python", "empty.jsonl"]),
     "same text in two pools": (same_text_in_two_pools, ["evaluators.python", "certify", "search"]),
@@ -196,7 +244,11 @@ def run(
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(
-    text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -207,9 +259,16 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(
 
 
 def test_all_faults_of_a_config_are_reported_at_once(
-    family_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for edit in (put("search.optimizer", "NGOpt"), put("space.operator", "tiess"), put("models.base", "./nowhere")):
+    for edit in (
+        put("search.optimizer", "NGOpt"),
+        put("space.operator", "tiess"),
+        put("models.base", "./nowhere"),
+    ):
         edit(family_config, tmp_path)
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(family_config, sort_keys=False))

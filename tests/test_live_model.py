@@ -210,7 +210,7 @@ def test_a_weight_that_no_tensor_gives_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_conversion_that_computes_new_values_is_refused(tmp_path: Path) -> None:
-    # The checkpoint holds twice the live weight, under a name that another live weight has.
+    # The checkpoint holds twice the live weight, under the same name.
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
     class Double(ConversionOps):  # type: ignore[misc]
@@ -223,8 +223,8 @@ def test_a_conversion_that_computes_new_values_is_refused(tmp_path: Path) -> Non
             return Double()
 
     model = llama()
-    model._weight_conversions = [WeightConverter("gate_proj.weight", "up_proj.weight", [Double()])]
-    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.gate_proj.weight' has no place"):
+    model._weight_conversions = [WeightConverter("up_proj.weight", "up_proj.weight", [Double()])]
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.mlp.up_proj.weight' has no place"):
         LiveModel(model).targets(model.state_dict())
 
 

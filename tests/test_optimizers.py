@@ -12,7 +12,16 @@ import pytest
 from search.errors import UserError
 from search.optimizer import OPTIMIZERS, Problem, Vector, optimizer_named
 
-REPLAYED = [*OPTIMIZERS.names(), "TwoPointsDE", "DE", "OnePlusOne", "PSO", "TBPSA", "CMA", "DiscreteOnePlusOne"]
+REPLAYED = [
+    *OPTIMIZERS.names(),
+    "TwoPointsDE",
+    "DE",
+    "OnePlusOne",
+    "PSO",
+    "TBPSA",
+    "CMA",
+    "DiscreteOnePlusOne",
+]
 
 
 def problem(dimension: int = 8, seed: int = 1, budget: int = 120, window: int = 4) -> Problem:

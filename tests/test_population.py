@@ -22,10 +22,16 @@ TENSORS = ["model.layers.0.mlp.weight", "model.layers.1.mlp.weight", "lm_head.we
 def population(normalize: str = "none", budget: int = 60, window: int = 4) -> Population:
     models = {name: ModelRef(path=name, sha256=name) for name in ("base", *SOURCES)}
     config = SpaceConfig.model_validate(
-        {"operator": "task_arithmetic", "split": [], "parameters": {"weight": {"low": 0, "high": 1, "initial": 0.9}}}
+        {
+            "operator": "task_arithmetic",
+            "split": [],
+            "parameters": {"weight": {"low": 0, "high": 1, "initial": 0.9}},
+        }
     )
     objective = make_objective(
-        ObjectivesConfig.model_validate({"terms": ["e.loss"], "normalize": normalize}), (), {"e.loss": Metric("minimize")}
+        ObjectivesConfig.model_validate({"terms": ["e.loss"], "normalize": normalize}),
+        (),
+        {"e.loss": Metric("minimize")},
     )
     return Population(
         make_space(config, tensors=TENSORS, models=models, sources=SOURCES),
@@ -99,7 +105,11 @@ def test_the_greedy_soup_adds_the_best_parents_while_they_help() -> None:
 def test_the_search_starts_at_the_best_of_generation_0_that_the_space_can_make() -> None:
     asked = drive(population(), 60, 4)
     first = next(candidate for candidate in asked if candidate.genome is not None)
-    hinted = [c for c in asked if c.genome is None and c.recipe.rules[0].operator in ("linear", "task_arithmetic", "slerp")]
+    hinted = [
+        c
+        for c in asked
+        if c.genome is None and c.recipe.rules[0].operator in ("linear", "task_arithmetic", "slerp")
+    ]
     best = min(hinted, key=lambda c: (loss(c), c.id))
     assert loss(first) == pytest.approx(loss(best))
 

@@ -34,8 +34,12 @@ def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _plan(setup: Setup) -> dict[str, Any]:
+    from evaluators.base import ITEM_POOLS
+
     config, base = setup.config, setup.checkpoints["base"]
-    items = {name: evaluator.count_items() for name, evaluator in setup.evaluators.items()}
+    items = {
+        name: {pool: len(evaluator.items(pool)) for pool in ITEM_POOLS} for name, evaluator in setup.evaluators.items()
+    }
     live = sum(_live_bytes(info.dtype, info.shape, config.cluster.dtype) for info in base.tensors.values())
     return {
         "config": config.name,

@@ -135,7 +135,7 @@ class LiveModel:
             if live.numel() and covered.get(live.data_ptr(), 0) < live.numel():
                 raise CheckpointError(
                     f"the checkpoint has no tensor for '{name}' of {type(self.model).__name__}: after a "
-                    "merge it would keep other weights; save the model again with this version of transformers"
+                    "merge it would keep other weights; save the model again with this transformers"
                 )
 
 

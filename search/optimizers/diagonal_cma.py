@@ -8,7 +8,7 @@ the first point that follows them) are off.
 
 from __future__ import annotations
 
-from search.nevergrad_box import NevergradBox
+from search.nevergrad_box import NevergradBox, import_nevergrad
 from search.optimizer import Problem
 
 # On [0, 1], nevergrad turns `scale` into a standard deviation of about this much per unit.
@@ -17,9 +17,7 @@ _DEVIATION_PER_SCALE = 0.195 / 8
 
 def PLUGIN(problem: Problem) -> NevergradBox:  # noqa: N802 - the name that registries look for
     """Make the optimiser for a problem."""
-    import cma
-    import nevergrad as ng
-
+    ng, cma = import_nevergrad()
     configured = ng.families.ParametrizedCMA(
         diagonal=True,
         scale=problem.step / _DEVIATION_PER_SCALE,

@@ -1,0 +1,113 @@
+"""A cheap deterministic landscape on recipes, for tests of the driver that need thousands of trials."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from evaluators.base import ItemPool, Metric, Scores
+from search.config import ObjectivesConfig, SpaceConfig
+from search.objective import make_objective
+from search.optimizer import optimizer_named
+from search.pool import Failure, Job, Outcome, WorkerPlan
+from search.population import Population
+from search.recipe import ModelRef
+from search.space import make_space
+
+GOAL = {"a": 0.5, "b": 0.3, "c": 0.1}
+SOURCES = tuple(GOAL)
+TENSORS = ["model.layers.0.mlp.weight", "model.layers.1.mlp.weight", "lm_head.weight"]
+BASELINES = ("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties")
+
+
+class Landscape:
+    """Body of a worker: the loss of a recipe is how far its summed weights are from `GOAL`."""
+
+    def __init__(self, plan: WorkerPlan | None = None) -> None: ...
+
+    def run(self, job: Job) -> Outcome:
+        total = 0.0
+        for rule in job.recipe.rules:
+            shares = {name: float(values.get("weight", 0.5)) for name, values in rule.sources.items()}
+            if rule.operator == "linear":
+                shares = {name: weight / sum(shares.values()) for name, weight in shares.items()}
+            total += sum((shares.get(name, 0.0) - best) ** 2 for name, best in GOAL.items())
+        loss = total / len(job.recipe.rules)
+        if job.candidate % 11 == 9:
+            return Outcome(job.candidate, job.items, failure=Failure("error", "every eleventh fails"))
+        noise = np.random.default_rng(job.candidate).normal(0, 0.01, 20)
+        scores = Scores(tuple(f"{job.items}{i}" for i in range(20)), {"loss": loss + noise}, np.ones(20))
+        return Outcome(
+            job.candidate,
+            job.items,
+            scores={"e": scores},
+            metrics={"e.loss": float(scores.values["loss"].mean())},
+            weights_sha256=f"{job.recipe.hash}" if job.hash_weights else None,
+            worker="here",
+        )
+
+
+class Shuffled:
+    """A pool of `workers` whose results come in an order that a seed decides, as on a real cluster."""
+
+    def __init__(self, workers: int, seed: int) -> None:
+        self._workers, self._random = workers, random.Random(seed)
+        self._queue: deque[Job] = deque()
+        self._body = Landscape()
+        self.ran: list[tuple[int, ItemPool]] = []
+
+    @property
+    def size(self) -> int:
+        return self._workers
+
+    @property
+    def busy(self) -> int:
+        return min(self._workers, len(self._queue))
+
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
+
+    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
+        if not self._queue:
+            return ()
+        index = self._random.randrange(self.busy)
+        job = self._queue[index]
+        del self._queue[index]
+        self.ran.append(job.key)
+        return (self._body.run(job),)
+
+    def cancel(self, key: tuple[int, ItemPool]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def population(
+    budget: int = 60, window: int = 4, normalize: str = "none", optimizer: str = "diagonal_cma"
+) -> Population:
+    """A population over three sources with the loss `e.loss`."""
+    models = {name: ModelRef(path=name, sha256=name) for name in ("base", *SOURCES)}
+    config = SpaceConfig.model_validate(
+        {
+            "operator": "task_arithmetic",
+            "split": [],
+            "parameters": {"weight": {"low": 0, "high": 1, "initial": 0.9}},
+        }
+    )
+    objective = make_objective(
+        ObjectivesConfig.model_validate({"terms": ["e.loss"], "normalize": normalize}),
+        (),
+        {"e.loss": Metric("minimize")},
+    )
+    return Population(
+        make_space(config, tensors=TENSORS, models=models, sources=SOURCES),
+        objective,
+        BASELINES,
+        optimizer_named(optimizer),
+        budget=budget,
+        window=window,
+        seed=0,
+        step=0.1,
+    )

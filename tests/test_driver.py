@@ -1,0 +1,166 @@
+"""The loop: ordered commit, resume from every point, nothing lost and nothing repeated."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from landscape import Shuffled, population
+
+from search.driver import Driver, Limits
+from search.errors import HistoryError
+from search.progress import Progress
+from search.store.events import Ask, Event, Trial
+from search.store.history import History
+from search.store.spool import Spool
+
+BUDGET, WINDOW = 40, 4
+
+
+class Stop(Exception):  # noqa: N818 - stands for the end of the process
+    """The driver dies here."""
+
+
+def drive(
+    folder: Path,
+    pool: Shuffled,
+    *,
+    budget: int = BUDGET,
+    window: int = WINDOW,
+    ordered: bool = True,
+    stop_after: int | None = None,
+    normalize: str = "none",
+    optimizer: str = "diagonal_cma",
+) -> list[Event]:
+    """Search in `folder` until the budget, or until `stop_after` more events are recorded."""
+    with History.open(folder / "history", events_per_segment=30) as history:
+        before = len(history.events())
+
+        def watch(state: Progress) -> None:
+            if stop_after is not None and len(history.events()) - before >= stop_after:
+                raise Stop
+
+        driver = Driver(
+            population(budget, window, normalize, optimizer),
+            history,
+            Spool(folder / "spool"),
+            lambda: pool,
+            Limits(budget, window, ordered),
+            watch,
+        )
+        try:
+            driver.search()
+            driver.score([c for c in driver.population.candidates if c.id in (3, 5, 9, 12)], "select")
+        except Stop:
+            pass
+        return history.events()
+
+
+def content(events: list[Event]) -> list[object]:
+    return [event.deterministic() for event in events]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The history of a run that nothing disturbed, on one worker."""
+    return content(drive(tmp_path_factory.mktemp("whole"), Shuffled(1, 0)))
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(1, 5), (2, 1), (2, 2), (4, 3), (4, 4), (30, 5)])
+def test_the_history_is_the_same_for_any_number_of_workers_and_order_of_arrival(
+    workers: int, seed: int, whole: list[object], tmp_path: Path
+) -> None:
+    assert content(drive(tmp_path, Shuffled(workers, seed))) == whole
+
+
+def test_every_candidate_is_evaluated_once_and_repeated_recipes_not_at_all(tmp_path: Path) -> None:
+    pool = Shuffled(3, 1)
+    events = drive(tmp_path, pool)
+    searched = [key for key in pool.ran if key[1] == "search"]
+    assert len(searched) == len(set(searched))
+    asks = {e.candidate: e.recipe_hash for e in events if isinstance(e, Ask)}
+    assert len(asks) == BUDGET
+    assert len(searched) == len(set(asks.values()))
+    trials = [e for e in events if isinstance(e, Trial) and e.items == "search"]
+    assert [t.candidate for t in trials] == list(range(BUDGET))
+
+
+def test_at_most_a_window_of_candidates_is_in_flight(tmp_path: Path) -> None:
+    open_ = 0
+    largest = 0
+    for event in drive(tmp_path, Shuffled(8, 1)):
+        open_ += (
+            1 if isinstance(event, Ask) else -1 if isinstance(event, Trial) and event.items == "search" else 0
+        )
+        largest = max(largest, open_)
+    assert largest == WINDOW
+
+
+@pytest.mark.parametrize("normalize", ["none", "parents"])
+def test_a_driver_that_dies_after_any_event_resumes_to_the_same_history(
+    normalize: str, tmp_path: Path
+) -> None:
+    reference = content(drive(tmp_path / "whole", Shuffled(1, 0), normalize=normalize))
+    for cut in range(1, len(reference), 1 if normalize == "none" else 7):
+        folder = tmp_path / str(cut)
+        first = drive(folder, Shuffled(3, cut), stop_after=cut, normalize=normalize)
+        assert content(first) == reference[: len(first)]
+        assert content(drive(folder, Shuffled(2, cut + 1), normalize=normalize)) == reference
+        shutil.rmtree(folder)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 5)), max_size=6), st.integers(0, 1000))
+def test_any_sequence_of_deaths_on_any_workers_ends_in_the_same_history(
+    whole: list[object], tmp_path_factory: pytest.TempPathFactory, deaths: list[tuple[int, int]], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("deaths")
+    for step, (events, workers) in enumerate(deaths):
+        drive(folder, Shuffled(workers, seed + step), stop_after=events)
+    assert content(drive(folder, Shuffled(2, seed))) == whole
+
+
+def test_a_log_that_is_cut_in_the_middle_of_a_record_resumes_to_the_same_history(
+    whole: list[object], tmp_path: Path
+) -> None:
+    drive(tmp_path / "one", Shuffled(2, 1), stop_after=28)
+    log = next((tmp_path / "one" / "history").glob("*.arrows"))
+    size = log.stat().st_size
+    for cut in range(1, size, size // 25):
+        folder = tmp_path / f"cut{cut}"
+        shutil.copytree(tmp_path / "one", folder)
+        torn = folder / "history" / log.name
+        with torn.open("r+b") as file:
+            file.truncate(cut)
+        assert content(drive(folder, Shuffled(2, cut))) == whole, cut
+        shutil.rmtree(folder)
+
+
+def test_results_that_came_before_their_turn_survive_the_driver(tmp_path: Path) -> None:
+    """With arrival shuffled, some results wait for earlier ones; after a death they are not computed again."""
+    first = Shuffled(4, 7)
+    events = drive(tmp_path, first, stop_after=9)
+    told = {event.candidate for event in events if isinstance(event, Trial)}
+    waiting = {candidate for candidate, _ in first.ran} - told
+    assert waiting, "the seed must leave a result waiting"
+    second = Shuffled(4, 8)
+    drive(tmp_path, second)
+    assert not waiting & {candidate for candidate, items in second.ran if items == "search"}
+
+
+def test_arrival_order_resumes_from_what_was_recorded(tmp_path: Path) -> None:
+    first = drive(tmp_path, Shuffled(4, 1), ordered=False, stop_after=31)
+    events = drive(tmp_path, Shuffled(4, 2), ordered=False)
+    assert content(events)[: len(first)] == content(first)
+    told = [e.candidate for e in events if isinstance(e, Trial) and e.items == "search"]
+    assert sorted(told) == list(range(BUDGET))
+    assert told != sorted(told)
+
+
+def test_a_history_of_another_search_is_refused(tmp_path: Path) -> None:
+    drive(tmp_path, Shuffled(1, 0), stop_after=70)
+    with pytest.raises(HistoryError, match="does not replay"):
+        drive(tmp_path, Shuffled(1, 0), optimizer="random_search")
