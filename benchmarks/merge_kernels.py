@@ -89,9 +89,11 @@ def main() -> None:
         began = time.perf_counter()
         engine.merge_into(recipe(0), {"w": target})
         first = time.perf_counter() - began
-        again = seconds(
-            lambda number, e=engine, r=recipe: e.merge_into(r(number + 1), {"w": target}), device, repeats
-        )
+
+        def merge(number: int, engine: Merger = engine, make: Callable[[int], Recipe] = recipe) -> None:
+            engine.merge_into(make(number + 1), {"w": target})
+
+        again = seconds(merge, device, repeats)
         traffic = (count + operator.needs_base + 1) * bytes_each / again
         print(f"{name:<18}{count:>8}{size / again / 1e6:>10.0f}{traffic / copying:>9.0%}{first:>10.2f}")
 

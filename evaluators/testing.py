@@ -99,7 +99,7 @@ class EvaluatorContract:
     """Subclass it as `Test...` and define `make_evaluator`."""
 
     def make_evaluator(self, folder: Path) -> Evaluator:
-        """A fresh evaluator, not prepared, with at least two items in every pool; `folder` is there for files.
+        """A fresh evaluator, not prepared, with items in every pool; `folder` is there for files.
 
         Called several times for one test: the data must be the same each time.
         """
@@ -109,18 +109,18 @@ class EvaluatorContract:
         """Write a checkpoint to `folder`, where `Context.model_folder` points, and return its model."""
         return load_language_model(write_tiny_language_model(folder))
 
-    @pytest.fixture()
+    @pytest.fixture
     def model_folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tmp_path_factory.mktemp("model")
 
-    @pytest.fixture()
+    @pytest.fixture
     def model(self, model_folder: Path) -> torch.nn.Module:
         import torch
 
         torch.set_num_threads(1)
         return self.make_model(model_folder)
 
-    @pytest.fixture()
+    @pytest.fixture
     def evaluator(self, tmp_path: Path, model: torch.nn.Module, model_folder: Path) -> Evaluator:
         """Checked and prepared."""
         return self._prepared(tmp_path, model_folder)
@@ -158,7 +158,11 @@ class EvaluatorContract:
     def test_check_needs_no_torch(self, tmp_path: Path) -> None:
         evaluator = self.make_evaluator(tmp_path)
         kind = type(evaluator)
-        if importlib.util.find_spec(kind.__module__) is None:
+        try:
+            found = importlib.util.find_spec(kind.__module__) is not None
+        except (ImportError, ValueError):  # a test module that pytest loaded by its path
+            found = False
+        if not found:
             pytest.skip(f"module {kind.__module__} cannot be imported by name")
         program = (
             "import importlib, sys\n"
@@ -231,7 +235,7 @@ class EvaluatorContract:
                 expected = np.average(scores.values[name], weights=scores.weights)
                 assert math.isclose(aggregate[name], expected, rel_tol=1e-9, abs_tol=1e-12)
 
-    def test_metrics_of_equal_items_do_not_depend_on_their_number(
+    def test_doubling_all_weights_changes_no_metric(
         self, evaluator: Evaluator, model: torch.nn.Module
     ) -> None:
         """The bootstrap counts an item that is drawn twice by doubling its weight."""

@@ -106,11 +106,12 @@ def elect(deltas: list[Array], weights: list[float], normalize: bool) -> Array:
     terms = np.stack([np.float32(weight) * delta for weight, delta in zip(weights, deltas, strict=True)])
     sign = np.where(terms.sum(0) >= 0, 1.0, -1.0)
     agree = np.sign(terms) == sign
-    total = (terms * agree).sum(0)
+    total: Array = (terms * agree).sum(0)
     if not normalize:
         return total
-    share = (np.array(weights, np.float32)[:, None] * agree).sum(0)
-    return total / np.where(share == 0, 1.0, share)
+    share: Array = (np.array(weights, np.float32)[:, None] * agree).sum(0)
+    total /= np.where(share == 0, 1.0, share)
+    return total
 
 
 def unpack(models: Mapping[str, Tensor]) -> tuple[Array, list[Array]]:
