@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cluster import handshake
 from cluster.local_ray import Session
+from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
 from search.errors import WorkerError
 from search.local_pool import one_line
@@ -72,6 +73,7 @@ class Crew:
         wanted: how many workers there shall be.
 
     Raises:
+        CheckpointError: a model of the plan is not what it was when the plan was made.
         WorkerError: no node of the cluster can hold a worker.
     """
 
@@ -88,6 +90,7 @@ class Crew:
             )
         self.identity = handshake.identity()
         self._setup = pickle.dumps((body, plan))
+        self._shards = pickle.dumps(shard_refs(plan.models))
         self._surroundings = vars(
             Surroundings(
                 packages=handshake.locations(),
@@ -106,7 +109,8 @@ class Crew:
         """A new worker, on its way; its first call returns a `Greeting`."""
         actor = self._class.remote()
         deadline = now + START_SECONDS if self._session.own else FOREVER  # on a cluster it may wait for room
-        return Slot(f"worker-{next(self._numbers)}", actor, actor.hello.remote(self._surroundings), deadline)
+        call = actor.hello.remote(self._surroundings, self._shards)
+        return Slot(f"worker-{next(self._numbers)}", actor, call, deadline)
 
     def build(self, slot: Slot, now: float) -> None:
         """Let a worker construct its body; the call returns None or a `StartError`."""

@@ -277,7 +277,7 @@ class RayPool:
         if slot.phase == "starting":
             assert isinstance(message, Greeting)
             handshake.compare(self._crew.identity, message.identity, slot.name)
-            slot.node = message.node_id
+            slot.node, slot.name = message.node_id, f"{slot.name}/{message.pid}"
             self._crew.build(slot, time.monotonic())
         elif slot.phase == "building":
             assert message is None or isinstance(message, StartError)

@@ -2,7 +2,7 @@
 
 The driver sends names, folders and hashes; a worker opens the files itself and maps them, so that
 all workers of a node share the pages and one more worker costs no memory for the sources. One
-process per node reads them into the page cache first.
+process per node reads them into the page cache ahead of the first merge.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from search.byte_progress import ByteProgress
 from search.checkpoint import Checkpoint, Fingerprint, fingerprint, open_checkpoint
 from search.errors import CheckpointError, WorkerError
+from search.recipe import ModelRef
 from search.safetensors_header import header_sha256
 
 MADV_POPULATE_READ = 22
 """Reads the pages of a mapping now, with large reads (Linux 5.14); Python has no name for it yet."""
 
-STEP_BYTES = 1 << 26
-"""Warmed at once: small enough to be interrupted and to show progress."""
+STEP_BYTES = 1 << 22
+"""Warmed at once. Python's lock is held meanwhile, so this is also how long other threads wait."""
 
 FRESH_SECONDS = 900.0
 """How long files count as warm. Later the kernel may have dropped them, and warming them again is cheap."""
@@ -56,6 +58,27 @@ class ShardRef:
     folder: str
     sha256: str
     files: tuple[ShardFile, ...]
+
+
+def shard_refs(models: Mapping[str, ModelRef]) -> dict[str, ShardRef]:
+    """References to the models of a plan, as they are on the disk of the driver now.
+
+    Costs no pass over bytes that were hashed before (see `search.fingerprint_cache`).
+
+    Raises:
+        CheckpointError: a model is missing or damaged, or is not the one that was hashed for the plan.
+    """
+    refs = {}
+    for name, model in models.items():
+        checkpoint = open_checkpoint(model.path)
+        ref = shard_ref(checkpoint, fingerprint(checkpoint))
+        if model.sha256 not in (None, ref.sha256):
+            raise CheckpointError(
+                f"model '{name}': the weights in {ref.folder} hash to {ref.sha256[:12]}, expected "
+                f"{str(model.sha256)[:12]}: they were changed since the search began; start it again"
+            )
+        refs[name] = ref
+    return refs
 
 
 def shard_ref(checkpoint: Checkpoint, fingerprint: Fingerprint) -> ShardRef:
@@ -107,16 +130,28 @@ def _attach(name: str, ref: ShardRef) -> Checkpoint:
                     f"{here}: {Path(ref.folder, file)} {found}, the driver saw {theirs.size} bytes with "
                     f"header {theirs.header_sha256[:12]}; copy the model anew, or start the search again"
                 )
-        if any(seen[file].mtime_ns != expected[file].mtime_ns for file in expected):
-            found = fingerprint(checkpoint).sha256
+        newer = [file for file in expected if seen[file].mtime_ns != expected[file].mtime_ns]
+        if newer:
+            with _one_at_a_time(Path(ref.folder)):
+                found = fingerprint(checkpoint).sha256
             if found != ref.sha256:
+                changed = Path(ref.folder, newer[0] if len(newer) == 1 else "")
                 raise WorkerError(
-                    f"{here}: the weights in {ref.folder} hash to {found[:12]}, the driver's to "
+                    f"{here}: with {changed} its weights hash to {found[:12]}, the driver's to "
                     f"{ref.sha256[:12]}; copy the model anew, or start the search again"
                 )
     except CheckpointError as error:
         raise WorkerError(f"{here}: {error}") from error
     return checkpoint
+
+
+@contextmanager
+def _one_at_a_time(model: Path) -> Iterator[None]:
+    """The workers of a node start together: the first hashes a model, the others find what it noted."""
+    name = f"hash-{hashlib.sha256(str(model).encode()).hexdigest()[:32]}"
+    with (node_folder() / name).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def node_folder() -> Path:
@@ -151,15 +186,11 @@ def warm(
         WorkerError: a file cannot be read.
     """
     paths = sorted({Path(file).resolve() for file in files})
-    folder = folder or node_folder()
     try:
-        identity = [[str(path), *_identity(path)] for path in paths]
         total = sum(path.stat().st_size for path in paths)
-        if total > _available_bytes():
+        if not total or total > _available_bytes():
             return 0
-        key = hashlib.sha256(json.dumps([_boot_id(), identity]).encode()).hexdigest()[:32]
-        stamp = folder / f"warm-{key}"
-        with stamp.open("a+b") as lock:
+        with warm_stamp(paths, folder or node_folder()).open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             status = os.fstat(lock.fileno())
             if status.st_size and time.time() - status.st_mtime < FRESH_SECONDS:
@@ -168,8 +199,7 @@ def warm(
             for path in paths:
                 for step in _populate(path):
                     progress.advance(step)
-            lock.truncate(0)
-            lock.write(b"warm\n")
+            lock.write(f"process {os.getpid()} read {total} bytes\n".encode())
             return total
     except OSError as error:
         file = error.filename or "a model file"
@@ -177,6 +207,16 @@ def warm(
             f"node {socket.gethostname()}: {file}: cannot be read ({error.strerror}); "
             "keep the model files in place while a search runs"
         ) from error
+
+
+def warm_stamp(files: Iterable[Path], folder: Path) -> Path:
+    """The file that tells when these files were read: locked meanwhile, one line for every time.
+
+    Raises:
+        OSError: a file is gone.
+    """
+    identity = [[str(path), *_identity(path)] for path in sorted({Path(file).resolve() for file in files})]
+    return folder / f"warm-{hashlib.sha256(json.dumps([_boot_id(), identity]).encode()).hexdigest()[:32]}"
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:

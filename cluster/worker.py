@@ -7,14 +7,18 @@ lost worker. Errors travel as data for the same reason.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.handshake import Identity, identity
-from search.errors import MeiosisError, UserError
+from cluster.shards import attach, warm
+from search.errors import MeiosisError, UserError, WorkerError
 from search.local_pool import Body, failed, make_body, one_line, run_body
 from search.pool import Failure, Job, WorkerPlan
 
@@ -61,7 +65,7 @@ def actor_class() -> Any:
     """
 
     class MeiosisWorker:
-        def hello(self, surroundings: dict[str, Any]) -> bytes:
+        def hello(self, surroundings: dict[str, Any], shards: bytes) -> bytes:
             """Set up imports and environment; returns the pickled identity and Ray's node id."""
             import os
             import sys
@@ -91,7 +95,7 @@ def actor_class() -> Any:
             from cluster.worker import Worker
 
             self._worker = Worker()
-            return self._worker.hello()
+            return self._worker.hello(shards)
 
         def build(self, setup: bytes) -> bytes:
             return self._worker.build(setup)
@@ -106,17 +110,31 @@ class Worker:
     """The inside of the actor. Every method returns pickled plain data and raises nothing."""
 
     _body: Body
+    _files: Sequence[Path] = ()
+    _fault: bytes | None = None
 
-    def hello(self) -> bytes:
-        """Pickled `Greeting`."""
+    def hello(self, shards: bytes) -> bytes:
+        """Attach to the models, given as pickled `ShardRef`s by name. Pickled `Greeting`.
+
+        What is wrong with the models is kept for `build`: a difference in code is told first. It is found
+        here because every worker that there is room for has greeted before the first job is sent.
+        """
         import os
 
         import ray
 
+        try:
+            checkpoints = attach(pickle.loads(shards))  # noqa: S301 - written by our own driver
+            self._files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+        except Exception as error:  # noqa: BLE001 - raised again by the driver
+            self._fault = _start_error(error)
         return pickle.dumps(Greeting(identity(), ray.get_runtime_context().get_node_id(), os.getpid()))
 
     def build(self, setup: bytes) -> bytes:
-        """Construct the body. Pickled `None`, or the `StartError`."""
+        """Construct the body, while the models are read ahead. Pickled `None`, or the `StartError`."""
+        if self._fault is not None:
+            return self._fault
+        threading.Thread(target=_warm, args=(self._files,), daemon=True).start()
         try:
             body, plan = pickle.loads(setup)  # noqa: S301 - written by our own driver
             assert isinstance(plan, WorkerPlan)
@@ -148,6 +166,12 @@ class Greeting:
     identity: Identity
     node_id: str
     pid: int
+
+
+def _warm(files: Sequence[Path]) -> None:
+    """Read ahead; who cannot says nothing, since the merge that needs the file says it better."""
+    with contextlib.suppress(WorkerError):
+        warm(files)
 
 
 def _start_error(error: BaseException) -> bytes:

@@ -10,7 +10,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from search.errors import ConfigError
 from search.yaml_source import YamlSource
@@ -52,6 +62,24 @@ class GeneRange(_Section):
         return self
 
 
+def _kind_of_setting(value: Any) -> str:
+    if isinstance(value, dict | GeneRange):
+        return "range"
+    if isinstance(value, bool):
+        return "bool"
+    return "int" if isinstance(value, int) else "float"
+
+
+Setting = Annotated[
+    Annotated[GeneRange, Tag("range")]
+    | Annotated[bool, Tag("bool")]
+    | Annotated[int, Tag("int")]
+    | Annotated[float, Tag("float"), Field(allow_inf_nan=False)],
+    Discriminator(_kind_of_setting),
+]
+"""A parameter: bounds or a value. What it looks like decides, so that a fault in bounds is told once and
+not as well as being no number, no truth value and so on."""
+
 SplitKind = Literal["attention", "mlp", "norm", "embedding", "head"]
 
 
@@ -67,7 +95,7 @@ class SpaceConfig(_Section):
         default_factory=dict,
         description="group name -> regular expression on tensor names; tensors that match form this group instead",
     )
-    parameters: dict[str, GeneRange | bool | int | float] = Field(
+    parameters: dict[str, Setting] = Field(
         default_factory=dict,
         description="parameter of the operator -> bounds (searched) or a value (fixed); by default those the "
         "operator recommends to search are searched",

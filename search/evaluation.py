@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
@@ -21,7 +22,11 @@ from search.errors import MeiosisError
 from search.fingerprint import hash_tensors
 from search.merge.apply import Merger
 from search.merge.live import build_live_model
+from search.merge.writing import version_of
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Evaluation:
@@ -41,7 +46,7 @@ class Evaluation:
         self.name = f"{platform.node()}/{os.getpid()}"
         device = resolve_device(plan.device)
         base = plan.models[plan.base]
-        self._model = build_live_model(Path(base.path), device=device, dtype=plan.dtype)
+        self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
         checkpoints = {name: open_checkpoint(ref.path) for name, ref in plan.models.items()}
         self._merger = Merger(
             {name: CheckpointTensors(checkpoint) for name, checkpoint in checkpoints.items()},
@@ -49,9 +54,8 @@ class Evaluation:
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
             identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
         )
-        names = checkpoints[plan.base].tensors
-        self._targets = self._model.targets(names)
-        self._elsewhere = [name for name in names if name not in self._targets]
+        self._names = tuple(checkpoints[plan.base].tensors)
+        self._build()
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
         self._evaluators: dict[str, Evaluator] = {}
         for spec in plan.evaluators:
@@ -59,9 +63,20 @@ class Evaluation:
             evaluator.prepare(context)
             self._evaluators[spec.name] = evaluator
 
+    def _build(self) -> None:
+        """Make the live model, and know nothing of what is in it."""
+        self._model = build_live_model(self._folder, device=self._device, dtype=self._dtype)
+        self._targets = self._model.targets(self._names)
+        self._elsewhere = [name for name in self._names if name not in self._targets]
+        self._changed = False
+        self._merger.invalidate()
+
     def run(self, job: Job) -> Outcome:
         """Evaluate one candidate; never raises for what the candidate or an evaluator did."""
         import torch
+
+        if self._changed:
+            self._build()
 
         outcome = Outcome(job.candidate, job.items, worker=self.name)
         started = time.perf_counter()
@@ -75,7 +90,7 @@ class Evaluation:
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._merger.invalidate()
             return self._failed(outcome, "out_of_memory", error, started, merged)
-        except Exception as error:  # noqa: BLE001 - whatever a plug-in raises is the outcome of this trial
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this trial
             self._merger.invalidate()
             return self._failed(outcome, "error", error, started, merged)
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
@@ -100,15 +115,26 @@ class Evaluation:
         import torch
 
         found = {}
-        with torch.no_grad():
-            for name, evaluator in self._evaluators.items():
-                before = self._model.versions()
-                items = evaluator.items(job.items)
-                found[name] = _complete(name, Scores.join(list(evaluator.evaluate(self._model.model, items))), items)
-                if self._model.versions() != before:
-                    raise MeiosisError(
-                        f"evaluator '{name}' changed the weights of the model; it must work on a copy"
-                    )
+        model = self._model.model
+        state = model_state(model)
+        # Until it is seen that they left it alone, the model is not to be trusted: what was moved, wrapped
+        # or replaced in it is not put right by merging again.
+        self._changed = True
+        try:
+            with torch.no_grad():
+                for name, evaluator in self._evaluators.items():
+                    items = evaluator.items(job.items)
+                    found[name] = _complete(name, Scores.join(list(evaluator.evaluate(model, items))), items)
+                    model.eval()
+                    self._changed = model_state(model) != state
+                    if self._changed:
+                        raise MeiosisError(
+                            f"evaluator '{name}' changed the weights of the model; it must work on a copy"
+                        )
+        except (Exception, SystemExit):
+            model.eval()
+            self._changed = model_state(model) != state
+            raise
         return found
 
     def _aggregate(self, scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -129,6 +155,36 @@ class Evaluation:
             evaluate_seconds=time.perf_counter() - merged,
             worker=outcome.worker,
         )
+
+
+def model_state(model: torch.nn.Module) -> dict[str, tuple[object, ...]]:
+    """What an evaluator must leave alone: which tensors there are, where, how often written, and their bits.
+
+    Writes through `.data` are not counted by torch, so the bits are summed as whole numbers; that reads the
+    model once, which is little beside an evaluation of it.
+    """
+    import torch
+
+    # Buffers that are not saved belong to the forward pass: some rotary embeddings replace theirs in it.
+    tensors = model.state_dict()
+    sums = [_bit_sum(tensor) for tensor in tensors.values()]
+    summed = torch.stack(sums).tolist() if sums else []
+    return {
+        name: (tensor.data_ptr(), tensor.dtype, tensor.shape, version_of(tensor), bits)
+        for (name, tensor), bits in zip(tensors.items(), summed, strict=True)
+    }
+
+
+def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, eight at a time as whole numbers, summed with overflow."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    whole = flat.numel() // 8 * 8
+    eights = flat[:whole]
+    if eights.storage_offset() % 8:
+        eights = eights.clone()
+    return eights.view(torch.int64).sum() + flat[whole:].sum()
 
 
 def resolve_device(device: str) -> str:

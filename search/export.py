@@ -8,15 +8,16 @@ from pathlib import Path
 from evaluators.base import ITEM_POOLS, ItemPool
 from search.checkpoint import Checkpoint, CheckpointTensors, open_checkpoint
 from search.checkpoint_writer import write_checkpoint
-from search.errors import MeiosisError, RecipeError
+from search.compatibility import check_compatible
+from search.errors import CheckpointError, MeiosisError, RecipeError
 from search.finals import Verdict
-from search.fingerprint import fingerprint
+from search.fingerprint import fingerprint, refuse_non_finite
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
 from search.model_card import model_card
 from search.population import Candidate
-from search.recipe import Recipe
-from search.setup import Setup
+from search.recipe import ModelRef, Recipe
+from search.setup import Setup, first_difference
 from search.store.events import Trial
 
 
@@ -31,17 +32,32 @@ def merge_recipe(recipe: Recipe, out: Path, *, folder: Path = Path(), overwrite:
     Raises:
         UserError: recipe and models do not fit, or `out` is taken.
     """
-    from search.compatibility import check_compatible
-
     check_recipe(recipe)
     checkpoints = {}
     for name, ref in recipe.models.items():
         local = (folder / Path(ref.path).expanduser()).resolve()
         checkpoints[name] = open_checkpoint(local if local.exists() or ref.path.startswith((".", "/", "~")) else ref.path)
-        if ref.sha256 is not None and (found := fingerprint(checkpoints[name]).sha256) != ref.sha256:
-            raise RecipeError(f"models.{name}: {ref.path} has sha256 {found[:12]}, the recipe expects {ref.sha256[:12]}")
     donor = checkpoints[recipe.donor]
-    check_compatible(donor, {name: c for name, c in checkpoints.items() if name != recipe.donor})
+    recipe.assign(donor.tensors)
+    for name, checkpoint in checkpoints.items():
+        if name != recipe.donor:
+            try:
+                check_compatible(donor, {name: checkpoint})
+            except CheckpointError as error:
+                raise CheckpointError(first_difference(error)) from error
+    models = {}
+    for name, checkpoint in checkpoints.items():
+        print_ = fingerprint(checkpoint)
+        refuse_non_finite(name, print_)
+        wanted = recipe.models[name].sha256
+        if wanted is not None and wanted != print_.sha256:
+            raise RecipeError(
+                f"models.{name}.sha256: {checkpoint.folder} has the weights {print_.sha256[:12]}, the recipe wants "
+                f"{wanted[:12]}; point it at the model it was made from, or leave sha256 out"
+            )
+        models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
+    # The recipe that goes with the model must work from there: relative paths start at the file that has them.
+    recipe = recipe.model_copy(update={"models": models})
     write_merge(recipe, checkpoints, out, {"README.md": model_card(recipe, donor)}, overwrite=overwrite)
     return out
 

@@ -41,9 +41,9 @@ def model_card(
     ]
     for name, ref in recipe.models.items():
         lines.append(f"| {name} | {_short(ref.path)} | {(ref.sha256 or '')[:16]} |")
-    lines.append("")
+    lines += ["", f"Recipe hash: `{recipe.hash}`.", ""]
     if candidate is not None:
-        lines += [f"Candidate {candidate.id} of the run, origin: {candidate.origin}. Recipe hash: `{recipe.hash}`.", ""]
+        lines += [f"Candidate {candidate.id} of the run, origin: {candidate.origin}.", ""]
     if trial is not None and trial.metrics:
         lines += [f"Metrics on the {trial.items} items:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in sorted(trial.metrics.items())]
@@ -79,4 +79,7 @@ def markdown_table(verdict: Verdict) -> str:
 
 def _short(path: str) -> str:
     """A hub id as it is, a folder by its last part: cards travel, paths of a machine do not."""
-    return Path(path).name if Path(path).is_absolute() else path
+    cached = next((part for part in Path(path).parts if part.startswith("models--")), None)
+    if cached:  # where huggingface_hub keeps org/name
+        return cached.removeprefix("models--").replace("--", "/")
+    return Path(path).name if path.startswith((".", "/", "~")) else path

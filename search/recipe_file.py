@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from search.errors import ConfigError, RecipeError
+from search.merge.check import check_recipe
 from search.recipe import Recipe
 from search.yaml_source import YamlSource
 
@@ -16,7 +18,8 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
         ConfigError: every fault of form, with its line.
-        RecipeError: a rule names a model that the recipe does not have.
+        RecipeError: a rule that names a model which the recipe does not have, or that its operator cannot
+            carry out.
     """
     source = YamlSource.read(path)
     try:
@@ -24,7 +27,10 @@ def read_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise ConfigError("\n".join(source.faults(error, Recipe))) from error
     try:
-        recipe.check()
+        check_recipe(recipe)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        where, _, message = str(error).partition(": ")
+        keys = re.findall(r"[^.\[\]]+", where)
+        location = tuple(int(key) if key.isdigit() else key for key in keys)
+        raise RecipeError(source.fault(location, message)) from error
     return recipe

@@ -116,21 +116,23 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     checkpoints = _checkpoints(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
-    if BASE in checkpoints:
-        try:
-            space = make_space(
-                config.space,
-                tensors=checkpoints[BASE].tensors,
-                models=models,
-                sources=config.models.sources,
-                seed=config.seed,
-                dtype=config.cluster.dtype,
-            )
-        except SpaceError as error:
-            faults.add(("space", *error.key), str(error))
+    there = BASE in checkpoints
+    try:
+        space = make_space(
+            # Without a base there are no tensors that patterns could match; all else can be checked.
+            config.space if there else config.space.model_copy(update={"patterns": {}}),
+            tensors=checkpoints[BASE].tensors if there else (),
+            models=models,
+            sources=config.models.sources,
+            seed=config.seed,
+            dtype=config.cluster.dtype,
+        )
+    except SpaceError as error:
+        faults.add(("space", *error.key), str(error))
+    if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
     # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
-    if space is not None and make_optimizer is not None and config.search.optimizer.name not in OPTIMIZERS.names():
+    if there and space is not None and make_optimizer is not None and config.search.optimizer.name not in OPTIMIZERS.names():
         try:
             make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
         except UserError as error:
@@ -240,7 +242,13 @@ def _check_sources(checkpoints: Mapping[str, Checkpoint], faults: _Faults) -> No
         try:
             check_compatible(base, {name: checkpoint})
         except CheckpointError as error:
-            faults.add(_model_key(name), str(error))
+            faults.add(_model_key(name), first_difference(error))
+
+
+def first_difference(error: CheckpointError) -> str:
+    """One line about a model that does not fit: one of another width differs in every tensor."""
+    first, *others = str(error).splitlines()
+    return f"{first} (and in more tensors)" if others else first
 
 
 def _check_architecture(base: Checkpoint, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:

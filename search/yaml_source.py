@@ -72,20 +72,22 @@ class YamlSource:
         """One line for every fault that pydantic found in data validated against `model`."""
         lines = []
         for item in error.errors(include_url=False):
-            location = self._existing(prefix, item["loc"])
+            location = self._existing(prefix, item["loc"], item["type"] == "missing")
             lines.append(self.fault(location, _message(item, model)))
         return list(dict.fromkeys(lines))
 
-    def _existing(self, prefix: Location, loc: Sequence[str | int]) -> Location:
-        """`prefix + loc` without the parts that pydantic adds for unions and that no key has."""
+    def _existing(self, prefix: Location, loc: Sequence[str | int], missing: bool) -> Location:
+        """`prefix + loc` without the parts that pydantic adds for unions and that no key has.
+
+        With `missing`, the last part is the key that should be there.
+        """
         here: Any = self.data
         for part in prefix:
             here = _child(here, part)
         kept: list[str | int] = [*prefix]
         for index, part in enumerate(loc):
             child = _child(here, part)
-            last = index == len(loc) - 1
-            if child is None and not (last and isinstance(here, dict) and isinstance(part, str) and part.isidentifier()):
+            if child is _NOTHING and not (missing and index == len(loc) - 1):
                 continue
             kept.append(part)
             here = child
@@ -123,12 +125,15 @@ class YamlSource:
                 yield from self._repeated(value, (*location, index))
 
 
+_NOTHING: Any = object()
+
+
 def _child(here: Any, part: str | int) -> Any:
     if isinstance(here, dict):
-        return here.get(part)
+        return here.get(part, _NOTHING)
     if isinstance(here, list) and isinstance(part, int) and part < len(here):
         return here[part]
-    return None
+    return _NOTHING
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -152,8 +157,10 @@ def _message(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{value!r} is not possible; expected {context['expected']}"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
+    shown = "nothing" if value is None else repr(value)
+    if kind in ("model_type", "dict_type"):
+        return f"must be a mapping of keys, found {shown}"
     text = item["msg"].removeprefix("Input ").replace("should", "must", 1)
-    shown = repr(value)
     return f"{text[0].lower() + text[1:]}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
 
 

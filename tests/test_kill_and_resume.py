@@ -25,7 +25,7 @@ BUDGET = 30
 def meiosis(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen[str]:
     """A real `meiosis` process; with `wait` it must succeed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "meiosis", *arguments],
+        [str(Path(sys.executable).with_name("meiosis")), *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -127,6 +127,8 @@ def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     """A run on two Ray workers whose driver is killed once and whose workers are killed after that."""
     folder = tmp_path_factory.mktemp("ray")
     path = write_config(family, folder, pool="ray")
+    (folder / "evaluators").mkdir()  # a folder of the user with the name of a package of ours
+    (folder / "evaluators" / "__init__.py").write_text("raise ImportError('the wrong evaluators')")
     run = folder / "results" / "one"
     process = meiosis("search", str(path), "--run", "one", cwd=folder, wait=False)
     assert kill_when(process, run, 20_000)
@@ -139,21 +141,17 @@ def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def kill_a_worker(driver: subprocess.Popen[str], run: Path) -> bool:
-    """kill -9 one Ray worker of the driver as soon as a trial was recorded after its start."""
-    before = log_size(run)
+    """kill -9 a Ray worker that has recorded a trial, while the driver is at work; False if it ended before."""
     deadline = time.monotonic() + 300
-    while log_size(run) <= before:
-        if driver.poll() is not None:
-            return False
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    workers = [event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker]
-    for worker in reversed(workers):
-        try:
-            os.kill(int(worker.rpartition("/")[2]), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        return True
+    while driver.poll() is None:
+        assert time.monotonic() < deadline, "the search does not get on"
+        for worker in {event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker}:
+            process = Path("/proc", worker.rpartition("/")[2])
+            # Results of the driver before this one name workers that are gone.
+            if process.exists() and b"ray::" in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+                return True
+        time.sleep(0.01)
     return False
 
 

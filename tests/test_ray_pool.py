@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from worker_bodies import OwnError, job, plan, starts
 
 from cluster.handshake import compare, identity
 from cluster.local_ray import _make_folder, open_session
 from cluster.pool import RayPool
-from search.errors import UserError, WorkerError
+from cluster.shards import node_folder, warm_stamp
+from search.errors import CheckpointError, UserError, WorkerError
 from search.pool import Outcome
+from search.recipe import ModelRef
 
 if TYPE_CHECKING:
     from cluster.local_ray import Session
@@ -223,6 +228,82 @@ def test_impossible_arguments_are_refused_before_ray_starts(tmp_path: Path) -> N
     ]:
         with pytest.raises(UserError, match=message):
             RayPool(plan(tmp_path), working_folder=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def code_pool(ray_session: Session, tmp_path: Path) -> Iterator[Callable[..., RayPool]]:
+    """Makes pools whose plan has a model `code`, in `tmp_path`; closed at the end of the test."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "config.json").write_text("{}")
+    write_code(tmp_path, 1.0)
+    pools: list[RayPool] = []
+
+    def make(workers: int, sha256: str | None = None) -> RayPool:
+        models = {"code": ModelRef(path=str(tmp_path / "code"), sha256=sha256)}
+        body = "worker_bodies:Scripted"
+        with_model = replace(plan(tmp_path), models=models)
+        pools.append(RayPool(with_model, workers=workers, body=body, working_folder=tmp_path))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def write_code(folder: Path, value: float) -> Path:
+    file = folder / "code" / "model.safetensors"
+    save_file({"w": np.full((64, 64), value, np.float32)}, file)
+    return file
+
+
+def test_the_models_are_read_ahead_once_for_all_workers_of_a_node(
+    code_pool: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    file = tmp_path / "code" / "model.safetensors"
+    stamp = warm_stamp([file], node_folder())
+    pool = code_pool(2)
+    pool.ready()
+    for candidate in range(2):
+        pool.submit(job(candidate, "sleep", seconds=0.5))
+    drain(pool, 2)
+    wait_for(stamp)
+    pids = [(tmp_path / f"pid-{candidate}").read_text() for candidate in range(2)]
+    assert stamp.read_text() in [f"process {pid} read {file.stat().st_size} bytes\n" for pid in pids]
+    assert len(set(pids)) == 2
+    stamp.unlink()
+
+
+def test_a_worker_that_finds_another_model_than_the_driver_is_refused_before_it_gets_a_job(
+    code_pool: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    pool = code_pool(1)
+    pool.ready()
+    file = write_code(tmp_path, 2.0)
+    pool.submit(job(0, "exit_once"))
+    with pytest.raises(WorkerError) as caught:
+        drain(pool, 1)
+    message = str(caught.value)
+    assert message.startswith(f"node {platform.node()}: model 'code': with {file} its weights hash to ")
+    assert "\n" not in message
+    assert starts(tmp_path) == [0], "the worker that replaced the dead one must not have started the job"
+
+
+def test_a_model_that_is_gone_on_the_node_of_a_worker_is_told(
+    code_pool: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    pool = code_pool(1)
+    pool.ready()
+    shutil.move(tmp_path / "code", tmp_path / "away")
+    pool.submit(job(0, "exit_once"))
+    with pytest.raises(WorkerError, match=r"node .*: model 'code': no folder .*, which the driver has"):
+        drain(pool, 1)
+
+
+def test_a_model_that_changed_since_it_was_hashed_stops_the_pool_at_once(
+    code_pool: Callable[..., RayPool],
+) -> None:
+    with pytest.raises(CheckpointError, match=r"model 'code': the weights in .* expected 000000000000"):
+        code_pool(1, sha256="0" * 64)
 
 
 def test_a_process_uses_one_ray_at_a_time(ray_session: Session) -> None:

@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cluster.shards import FRESH_SECONDS, attach, node_folder, shard_ref, warm
+from cluster.shards import (
+    FRESH_SECONDS,
+    attach,
+    node_folder,
+    shard_ref,
+    shard_refs,
+    warm,
+    warm_stamp,
+)
 from search.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from search.errors import WorkerError
+from search.errors import CheckpointError, WorkerError
+from search.recipe import ModelRef
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEIOSIS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "node").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def model(folder: Path, value: float = 1.0, **shapes: tuple[int, ...]) -> Checkpoint:
@@ -38,6 +48,29 @@ def test_a_worker_gets_the_checkpoints_of_the_driver_from_plain_data(tmp_path: P
     message = pickle.dumps(refs)
     assert len(message) < 2000, "references must not carry weights"
     assert attach(pickle.loads(message)) == checkpoints  # noqa: S301 - the message is our own
+
+
+def test_the_driver_refers_to_the_models_of_its_plan_with_their_hashes(tmp_path: Path) -> None:
+    checkpoints = {name: model(tmp_path / name, value) for name, value in [("base", 1.0), ("code", 2.0)]}
+    plans = {name: ModelRef(path=str(each.folder)) for name, each in checkpoints.items()}
+    refs = shard_refs(plans)
+    assert {name: ref.sha256 for name, ref in refs.items()} == {
+        name: fingerprint(each).sha256 for name, each in checkpoints.items()
+    }
+    hashed = {name: plan.model_copy(update={"sha256": refs[name].sha256}) for name, plan in plans.items()}
+    assert shard_refs(hashed) == refs
+    assert attach(refs) == checkpoints
+    assert shard_refs({}) == {}
+    assert attach({}) == {}
+
+
+def test_a_model_that_changed_since_the_plan_was_made_is_refused_by_the_driver(tmp_path: Path) -> None:
+    checkpoint = model(tmp_path / "code")
+    planned = ModelRef(path=str(checkpoint.folder), sha256=fingerprint(checkpoint).sha256)
+    shutil.rmtree(tmp_path / "code")
+    model(tmp_path / "code", 2.0)
+    with pytest.raises(CheckpointError, match=r"model 'code': the weights in .* hash to .* changed since"):
+        shard_refs({"code": planned})
 
 
 def test_a_model_that_this_node_lacks_is_told_with_node_model_and_folder(tmp_path: Path) -> None:
@@ -87,7 +120,7 @@ def test_a_copy_with_other_times_is_the_same_only_with_the_same_bytes(tmp_path: 
     assert attach({"code": ref}) == {"code": checkpoint}
     shutil.rmtree(tmp_path / "code")
     model(tmp_path / "code", 1.5)
-    with pytest.raises(WorkerError, match="hash to"):
+    with pytest.raises(WorkerError, match=r"model 'code': with .*model\.safetensors its weights hash to"):
         attach({"code": ref})
 
 
@@ -101,6 +134,8 @@ def test_warming_reads_every_byte_once_per_node(tmp_path: Path, monkeypatch: pyt
     assert warm(checkpoint.files, lines.append, tmp_path / "node") == 0
     assert len(lines) == 1
     (stamp,) = (tmp_path / "node").iterdir()
+    assert stamp == warm_stamp(checkpoint.files, tmp_path / "node")
+    assert stamp.read_text() == f"process {os.getpid()} read {size} bytes\n"
     long_ago = time.time() - FRESH_SECONDS - 1
     os.utime(stamp, (long_ago, long_ago))
     assert warm(checkpoint.files, None, tmp_path / "node") == size, "the kernel may have dropped the pages"
@@ -136,10 +171,7 @@ def test_warming_an_empty_or_missing_file_is_harmless_or_told(tmp_path: Path) ->
         warm([tmp_path / "no-such-file"], None, tmp_path / "node")
 
 
-def test_the_folder_of_a_node_belongs_to_its_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_the_folder_of_a_node_belongs_to_its_user_alone(tmp_path: Path) -> None:
     folder = node_folder()
     assert folder == node_folder()
     assert folder.stat().st_mode & 0o777 == 0o700

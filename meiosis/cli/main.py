@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import NoReturn
 
 import click
@@ -55,12 +56,16 @@ class _Commands(click.Group):
 
 @click.command(
     cls=_Commands,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: meiosis search examples/text.yaml",
 )
 @click.version_option(__version__, prog_name="meiosis")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Find the best way to merge fine-tunes of one base model."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> NoReturn:
@@ -72,11 +77,13 @@ def main() -> NoReturn:
     except click.exceptions.Exit as request:
         status = request.exit_code
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        more = f" (see: {context.command_path} --help)" if context else ""
+        click.echo(f"meiosis: {error.format_message()}{more}", err=True)
         status = error.exit_code
     except MeiosisError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _complain(error)
         status = error.exit_status
     except (KeyboardInterrupt, click.exceptions.Abort):
@@ -88,7 +95,7 @@ def main() -> NoReturn:
         status = 1
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         click.echo(f"meiosis: unexpected {type(error).__name__}: {error}", err=True)
         click.echo("This is a fault of Meiosis; --debug shows where it happened.", err=True)
         status = 1

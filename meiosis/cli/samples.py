@@ -9,7 +9,7 @@ import click
 from meiosis.cli.common import debug_option, note, out
 
 
-@click.group("samples")
+@click.group("samples", no_args_is_help=False, epilog="Example: meiosis samples text samples/text")
 def command() -> None:
     """Train small sample models to try Meiosis on."""
 

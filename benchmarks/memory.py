@@ -1,0 +1,271 @@
+"""Resident memory of one more worker, against the size of one live model and of the sources.
+
+    python benchmarks/memory.py [--layers 12] [--workers 3] [--out results/reference]
+
+Makes a base and three sources of random float32 weights, starts real pools of 1, 2, 3 workers on Ray,
+lets every worker merge and score two task_arithmetic candidates, then a TIES candidate and another
+task_arithmetic one, and reads the memory of the idle workers from `/proc/PID/smaps_rollup`:
+
+* PSS counts a page that n processes share as 1/n in each, so the sum over the workers is what they take
+  together, and its increase from n to n + 1 workers is what one more worker costs.
+* A worker that imported torch and transformers but holds no model is measured in the same way: the
+  floor, which no way of sharing models can change. `ratio` is (increase - floor) / live model.
+
+Takes about two minutes on two cores, 3 GB of disk (in the temporary folder) and 6 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.local_ray import open_session
+from cluster.pool import RayPool
+from evaluators.base import EvaluatorSpec
+from search.checkpoint import fingerprint, open_checkpoint
+from search.local_pool import DEFAULT_BODY
+from search.pool import Job, Outcome, WorkerPlan
+from search.recipe import ModelRef, Recipe
+
+SOURCES = ("a", "b", "c")
+WORDS = "merge model layer weight task vector sign trim scale base source score search node".split()
+MB = 1e6
+
+
+class Bare:
+    """The floor: a worker with everything imported that `search.evaluation` needs, and no model."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        import torch
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401 - imported to be there
+
+        import search.evaluation  # noqa: F401
+
+        torch.set_num_threads(plan.threads)
+
+    def run(self, job: Job) -> Outcome:
+        return Outcome(job.candidate, job.items)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes over all workers of a pool: PSS, the part of it that no file backs, and what is theirs alone."""
+
+    pss: int
+    anonymous: int
+    private: int
+
+
+def memory_of(pids: Sequence[int]) -> Memory:
+    """What the processes take together."""
+    sums: dict[str, int] = {}
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, kib = line.split()[:2]
+            sums[name] = sums.get(name, 0) + int(kib) * 1024
+    return Memory(sums["Pss:"], sums["Pss_Anon:"], sums["Private_Clean:"] + sums["Private_Dirty:"])
+
+
+def build_family(folder: Path, layers: int) -> None:
+    """A base, three sources at some distance from it, and a data set of a few short texts."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = random.Random(0)
+    texts = [" ".join(words.choices(WORDS, k=40)) for _ in range(12)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder / "base")
+    base = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name in SOURCES:
+        for key, weight in model.state_dict().items():
+            weight.copy_(base[key] + 0.01 * torch.randn(weight.shape))
+        model.save_pretrained(folder / name)
+    for pool, part in (("search", texts[:4]), ("select", texts[4:8]), ("certify", texts[8:])):
+        rows = [json.dumps({"id": f"{pool}-{number}", "text": text}) for number, text in enumerate(part)]
+        (folder / f"{pool}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def make_plan(folder: Path, prepared: Path) -> WorkerPlan:
+    """What `search.setup` would tell the workers, for one thread each."""
+    models = {}
+    for name in ("base", *SOURCES):
+        checkpoint = open_checkpoint(folder / name)
+        models[name] = ModelRef(path=str(checkpoint.folder), sha256=fingerprint(checkpoint).sha256)
+    data = {pool: str(folder / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
+    texts = EvaluatorSpec("texts", "perplexity", {"data": data})
+    return WorkerPlan(models, "base", (texts,), device="cpu", threads=1, prepared_folder=str(prepared))
+
+
+def recipe(plan: WorkerPlan, operator: str, weight: float) -> Recipe:
+    values = {"weight": weight, "density": 0.5} if operator == "ties" else {"weight": weight}
+    rule = {"operator": operator, "sources": {name: values for name in SOURCES}}
+    return Recipe.from_data({"base": "base", "models": plan.models, "rules": [rule]})
+
+
+def measure(plan: WorkerPlan, body: str, workers: int, log: Path) -> dict[str, Memory]:
+    """Memory of a pool of workers after every stage, all of them idle."""
+    stages = {"task_arithmetic": ("task_arithmetic", "task_arithmetic"), "ties": ("ties", "task_arithmetic")}
+    found: dict[str, Memory] = {}
+    number = 0
+    with RayPool(plan, workers=workers, working_folder=log, body=body) as pool:
+        pool.ready()
+        for stage, operators in stages.items():
+            for operator in operators:
+                for _ in range(workers):  # idle workers take one each
+                    number += 1
+                    pool.submit(Job(number, recipe(plan, operator, 0.2 + 0.01 * number), "search"))
+                done: list[Outcome] = []
+                while len(done) < workers:
+                    done += pool.wait(60)
+                failures = [outcome.failure for outcome in done if outcome.failure is not None]
+                if failures:
+                    raise RuntimeError(f"a candidate failed: {failures[0].message}\n{failures[0].detail}")
+                pids = {int(outcome.worker.rpartition("/")[2]) for outcome in done}
+                if len(pids) != workers:
+                    raise RuntimeError(f"{len(pids)} of {workers} workers had a candidate, expected all")
+            found[stage] = memory_of(sorted(pids))
+    return found
+
+
+def rows_of(found: dict[tuple[str, int], dict[str, Memory]], live_bytes: int) -> list[dict[str, Any]]:
+    """One row per kind of worker, stage and number of workers."""
+    rows = []
+    for (kind, workers), stages in found.items():
+        for stage, memory in stages.items():
+            before = found.get((kind, workers - 1))
+            bare = found.get(("bare", workers - 1))
+            increase = floor = None
+            if before is not None and bare is not None:
+                increase = memory.pss - before[stage].pss
+                floor = found["bare", workers][stage].pss - bare[stage].pss
+            rows.append(
+                {
+                    "worker": kind,
+                    "after": stage,
+                    "workers": workers,
+                    "pss_mb": memory.pss / MB,
+                    "anonymous_mb": memory.anonymous / MB,
+                    "private_mb": memory.private / MB,
+                    "increase_mb": None if increase is None else increase / MB,
+                    "increase_in_models": None if increase is None else increase / live_bytes,
+                    "ratio": None
+                    if increase is None or floor is None or kind == "bare"
+                    else (increase - floor) / live_bytes,
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+
+    def cell(value: object, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    lines = [
+        "| workers | of what kind | after | PSS of all, MB | one more worker, MB | in live models | ratio |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        after = "import" if row["worker"] == "bare" else row["after"]
+        lines.append(
+            f"| {row['workers']} | {row['worker']} | {after} | {cell(row['pss_mb'], 0)} "
+            f"| {cell(row['increase_mb'], 0)} | {cell(row['increase_in_models'], 2)} | {cell(row['ratio'], 2)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=12, help="12 make 105 million parameters")
+    parser.add_argument("--workers", type=int, default=3, help="most workers in a pool")
+    parser.add_argument("--out", type=Path, default=Path("results", "reference"))
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="memory-") as temporary:
+        folder = Path(temporary)
+        # In a process of its own: this one stays without torch, so it shares no page with the workers.
+        builder = multiprocessing.get_context("spawn").Process(
+            target=build_family, args=(folder, arguments.layers)
+        )
+        builder.start()
+        builder.join()
+        if builder.exitcode:
+            raise SystemExit("the models could not be made")
+        live_bytes = open_checkpoint(folder / "base").nbytes
+        source_bytes = (1 + len(SOURCES)) * live_bytes
+        found: dict[tuple[str, int], dict[str, Memory]] = {}
+        session = open_session(None, cpus=arguments.workers, log=folder / "ray.log")
+        for kind, body in (("bare", "memory:Bare"), ("merging", DEFAULT_BODY)):
+            for workers in range(1, arguments.workers + 1):
+                plan = make_plan(folder, folder / f"prepared-{kind}-{workers}")
+                found[kind, workers] = measure(plan, body, workers, folder)
+                print(f"{kind}, {workers} workers: {time.perf_counter() - began:.0f} s", flush=True)
+        session.close()
+    rows = rows_of(found, live_bytes)
+    rows = [row for row in rows if row["worker"] == "merging" or row["after"] == "ties"]
+    write(rows, live_bytes, source_bytes, arguments.out)
+
+
+def write(rows: list[dict[str, Any]], live_bytes: int, source_bytes: int, out: Path) -> None:
+    """Print the table and put it beside the others of the project."""
+    import pyarrow
+    import pyarrow.parquet
+
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
+    ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
+    text = f"""# Memory of one more worker
+
+One live model: {live_bytes / MB:.0f} MB ({live_bytes / 4e6:.0f} million float32 parameters).
+Base and three sources: {source_bytes / MB:.0f} MB, mapped and shared by all workers.
+
+{table(rows)}
+
+Beyond what it takes to import torch and transformers, one more worker costs {min(ratios):.2f} to
+{max(ratios):.2f} live models (`ratio`). A bare worker holds no model; PSS counts shared pages in
+parts, so sources and libraries are in the sum once, however many workers there are. On a GPU: not
+measured on a GPU.
+
+Made by `python benchmarks/memory.py` on {os.cpu_count()} cores and {memory_gib:.0f} GiB of memory,
+one thread per worker; {libraries}. Columns of `memory.parquet`: `anonymous_mb` is the part of PSS that
+no file backs, `private_mb` what belongs to single workers.
+"""
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "memory.md").write_text(text)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "memory.parquet")
+
+
+if __name__ == "__main__":
+    main()

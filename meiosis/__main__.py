@@ -1,5 +1,0 @@
-"""`python -m meiosis`, the same as the `meiosis` command."""
-
-from meiosis.cli.main import main
-
-main()
