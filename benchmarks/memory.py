@@ -21,9 +21,10 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,9 @@ from search.pool import Job, Outcome, WorkerPlan
 from search.recipe import ModelRef, Recipe
 
 SOURCES = ("a", "b", "c")
-WORDS = "merge model layer weight task vector sign trim scale base source score search node".split()
+WORDS = ("merge", "model", "layer", "weight", "task", "vector", "sign", "trim", "scale", "score", "search")
+STAGES = {"task_arithmetic": ("task_arithmetic", "task_arithmetic"), "ties": ("ties", "task_arithmetic")}
+"""What every worker merges and scores before each measurement."""
 MB = 1e6
 
 
@@ -81,6 +84,7 @@ def build_family(folder: Path, layers: int) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     words = random.Random(0)
     texts = [" ".join(words.choices(WORDS, k=40)) for _ in range(12)]
@@ -90,6 +94,7 @@ def build_family(folder: Path, layers: int) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -132,12 +137,11 @@ def recipe(plan: WorkerPlan, operator: str, weight: float) -> Recipe:
 
 def measure(plan: WorkerPlan, body: str, workers: int, log: Path) -> dict[str, Memory]:
     """Memory of a pool of workers after every stage, all of them idle."""
-    stages = {"task_arithmetic": ("task_arithmetic", "task_arithmetic"), "ties": ("ties", "task_arithmetic")}
     found: dict[str, Memory] = {}
     number = 0
     with RayPool(plan, workers=workers, working_folder=log, body=body) as pool:
         pool.ready()
-        for stage, operators in stages.items():
+        for stage, operators in STAGES.items():
             for operator in operators:
                 for _ in range(workers):  # idle workers take one each
                     number += 1
@@ -155,58 +159,60 @@ def measure(plan: WorkerPlan, body: str, workers: int, log: Path) -> dict[str, M
     return found
 
 
-def rows_of(found: dict[tuple[str, int], dict[str, Memory]], live_bytes: int) -> list[dict[str, Any]]:
-    """One row per kind of worker, stage and number of workers."""
-    rows = []
-    for (kind, workers), stages in found.items():
-        for stage, memory in stages.items():
-            before = found.get((kind, workers - 1))
-            bare = found.get(("bare", workers - 1))
-            increase = floor = None
-            if before is not None and bare is not None:
-                increase = memory.pss - before[stage].pss
-                floor = found["bare", workers][stage].pss - bare[stage].pss
-            rows.append(
-                {
-                    "worker": kind,
-                    "after": stage,
-                    "workers": workers,
-                    "pss_mb": memory.pss / MB,
-                    "anonymous_mb": memory.anonymous / MB,
-                    "private_mb": memory.private / MB,
-                    "increase_mb": None if increase is None else increase / MB,
-                    "increase_in_models": None if increase is None else increase / live_bytes,
-                    "ratio": None
-                    if increase is None or floor is None or kind == "bare"
-                    else (increase - floor) / live_bytes,
-                }
-            )
+def rows_of(bare: Sequence[Memory], merging: Sequence[Mapping[str, Memory]], live_bytes: int) -> list[dict[str, Any]]:
+    """One row per number of workers and measurement; the floor first.
+
+    Args:
+        bare, merging: what 1, 2, ... workers take together, without and with models.
+    """
+    rows = _rows("bare", "import", bare, None, live_bytes)
+    for stage in STAGES:
+        rows += _rows("merging", stage, [memory[stage] for memory in merging], bare, live_bytes)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def _rows(
+    kind: str, after: str, measured: Sequence[Memory], floor: Sequence[Memory] | None, live_bytes: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, memory in enumerate(measured):
+        row: dict[str, Any] = {
+            "worker": kind,
+            "after": after,
+            "workers": index + 1,
+            "pss_mb": memory.pss / MB,
+            "anonymous_mb": memory.anonymous / MB,
+            "private_mb": memory.private / MB,
+            "increase_mb": None,
+            "over_floor_mb": None,
+            "ratio": None,
+        }
+        if index:
+            increase = memory.pss - measured[index - 1].pss
+            row["increase_mb"] = increase / MB
+            if floor is not None:
+                over = increase - (floor[index].pss - floor[index - 1].pss)
+                row |= {"over_floor_mb": over / MB, "ratio": over / live_bytes}
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-
-    def cell(value: object, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
     lines = [
-        "| workers | of what kind | after | PSS of all, MB | one more worker, MB | in live models | ratio |",
-        "|---:|---|---|---:|---:|---:|---:|",
+        "| kind | after | workers | PSS of all, MB | one more worker, MB | over the floor, MB | ratio | GPU |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        after = "import" if row["worker"] == "bare" else row["after"]
-        lines.append(
-            f"| {row['workers']} | {row['worker']} | {after} | {cell(row['pss_mb'], 0)} "
-            f"| {cell(row['increase_mb'], 0)} | {cell(row['increase_in_models'], 2)} | {cell(row['ratio'], 2)} |"
-        )
+        digits = {"pss_mb": 0, "increase_mb": 0, "over_floor_mb": 0, "ratio": 2}
+        cells = ["" if row[key] is None else f"{row[key]:.{n}f}" for key, n in digits.items()]
+        gpu = "not measured on a GPU"
+        lines.append(" | ".join([f"| {row['worker']}", row["after"], str(row["workers"]), *cells, f"{gpu} |"]))
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="12 make 105 million parameters")
     parser.add_argument("--workers", type=int, default=3, help="most workers in a pool")
     parser.add_argument("--out", type=Path, default=Path("results", "reference"))
@@ -215,29 +221,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="memory-") as temporary:
         folder = Path(temporary)
         # In a process of its own: this one stays without torch, so it shares no page with the workers.
-        builder = multiprocessing.get_context("spawn").Process(
-            target=build_family, args=(folder, arguments.layers)
-        )
+        builder = multiprocessing.get_context("spawn").Process(target=build_family, args=(folder, arguments.layers))
         builder.start()
         builder.join()
         if builder.exitcode:
             raise SystemExit("the models could not be made")
         live_bytes = open_checkpoint(folder / "base").nbytes
         source_bytes = (1 + len(SOURCES)) * live_bytes
-        found: dict[tuple[str, int], dict[str, Memory]] = {}
+        bare: list[Memory] = []
+        merging: list[dict[str, Memory]] = []
         session = open_session(None, cpus=arguments.workers, log=folder / "ray.log")
-        for kind, body in (("bare", "memory:Bare"), ("merging", DEFAULT_BODY)):
-            for workers in range(1, arguments.workers + 1):
-                plan = make_plan(folder, folder / f"prepared-{kind}-{workers}")
-                found[kind, workers] = measure(plan, body, workers, folder)
-                print(f"{kind}, {workers} workers: {time.perf_counter() - began:.0f} s", flush=True)
+        for workers in range(1, arguments.workers + 1):
+            # Each pool prepares for TIES anew.
+            plan = make_plan(folder, folder / f"prepared-{workers}")
+            bare.append(measure(plan, "memory:Bare", workers, folder)["ties"])
+            merging.append(measure(plan, DEFAULT_BODY, workers, folder))
+            seconds = time.perf_counter() - began
+            print(f"measured pools of {workers}, {seconds:.0f} s", file=sys.stderr, flush=True)
         session.close()
-    rows = rows_of(found, live_bytes)
-    rows = [row for row in rows if row["worker"] == "merging" or row["after"] == "ties"]
-    write(rows, live_bytes, source_bytes, arguments.out)
+    write(rows_of(bare, merging, live_bytes), live_bytes, source_bytes, arguments.out)
 
 
-def write(rows: list[dict[str, Any]], live_bytes: int, source_bytes: int, out: Path) -> None:
+def write(rows: Sequence[Mapping[str, Any]], live_bytes: int, source_bytes: int, out: Path) -> None:
     """Print the table and put it beside the others of the project."""
     import pyarrow
     import pyarrow.parquet
@@ -247,24 +252,26 @@ def write(rows: list[dict[str, Any]], live_bytes: int, source_bytes: int, out: P
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     text = f"""# Memory of one more worker
 
-One live model: {live_bytes / MB:.0f} MB ({live_bytes / 4e6:.0f} million float32 parameters).
-Base and three sources: {source_bytes / MB:.0f} MB, mapped and shared by all workers.
+- One live model: {live_bytes / MB:.0f} MB ({live_bytes / 4e6:.0f} million float32 parameters, random).
+- Base and three sources: {source_bytes / MB:.0f} MB, mapped, shared by all workers.
+- **Beyond the floor one more worker costs {min(ratios):.2f} to {max(ratios):.2f} live models** (`ratio`).
 
 {table(rows)}
 
-Beyond what it takes to import torch and transformers, one more worker costs {min(ratios):.2f} to
-{max(ratios):.2f} live models (`ratio`). A bare worker holds no model; PSS counts shared pages in
-parts, so sources and libraries are in the sum once, however many workers there are. On a GPU: not
-measured on a GPU.
+The floor is a `bare` worker: torch and transformers imported, no model. PSS counts a page that n
+processes share as 1/n in each, so the sum over the workers holds sources and libraries once, and
+its increase is what one more worker costs. All workers were idle, after every one of them had merged
+and scored two task_arithmetic candidates, then a TIES candidate and another task_arithmetic one.
 
-Made by `python benchmarks/memory.py` on {os.cpu_count()} cores and {memory_gib:.0f} GiB of memory,
-one thread per worker; {libraries}. Columns of `memory.parquet`: `anonymous_mb` is the part of PSS that
-no file backs, `private_mb` what belongs to single workers.
+Remake with `python benchmarks/memory.py`. Made on {os.cpu_count()} cores and {memory_gib:.0f} GiB of memory with
+one thread per worker; {libraries}.
+In `memory.parquet`, `anonymous_mb` is the part of PSS that no file backs, and `private_mb` what belongs
+to single workers.
 """
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "memory.md").write_text(text)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "memory.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), out / "memory.parquet")
 
 
 if __name__ == "__main__":

@@ -72,14 +72,10 @@ def load_function(reference: str) -> Callable[..., Any]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"function {reference} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"function {reference} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(
-            f"function {reference}: {'not a function' if hasattr(module, name) else 'no such name'}"
-        )
+        raise UserError(f"function {reference}: {'not a function' if hasattr(module, name) else 'no such name'}")
     found: Callable[..., Any] = function
     return found
 

@@ -65,11 +65,7 @@ class Reader:
     def __call__(self, path: Path, prefix: str) -> list[Item]:
         """The items of a file or folder; made-up ids start with `prefix`."""
         if path.is_dir():
-            items = [
-                item
-                for file, name in self._files(path)
-                for item in self._file(file, prefix + name, blank=True)
-            ]
+            items = [item for file, name in self._files(path) for item in self._file(file, prefix + name, blank=True)]
         elif path.is_file():
             items = self._file(path, prefix + path.name, blank=False)
         else:
@@ -99,9 +95,7 @@ class Reader:
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 text (byte {error.start}); convert it, or name another file"
-            ) from None
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or name another file") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         if not self._reads_text or path.suffix.lower() in JSONL_SUFFIXES | {".json"}:
@@ -129,9 +123,7 @@ class Reader:
             raise UserError(f"{where}: {_kind(record)}, expected one JSON object per line")
         try:
             labels = {key: _label(record, key) for key in ("id", "document") if record.get(key) is not None}
-            return _item(
-                labels.get("id", f"{name}:{number}"), labels.get("document"), where, self._parse(record)
-            )
+            return _item(labels.get("id", f"{name}:{number}"), labels.get("document"), where, self._parse(record))
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -168,9 +160,7 @@ def checked_text(value: Any, name: str, *, empty: bool = False) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has half a character (an unpaired surrogate) at position {error.start}"
-        ) from None
+        raise ValueError(f"{name} has half a character (an unpaired surrogate) at position {error.start}") from None
     return value
 
 

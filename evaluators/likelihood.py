@@ -55,9 +55,7 @@ def score_windows(
     """
     rows = _rows(windows)
     plan = plan_batches([len(row.tokens) for row in rows], [row.name for row in rows], batch_tokens)
-    found: dict[str, list[LogProbabilities | None]] = {
-        item: [None] * len(parts) for item, parts in windows.items()
-    }
+    found: dict[str, list[LogProbabilities | None]] = {item: [None] * len(parts) for item, parts in windows.items()}
     for batch in plan:
         chosen = [rows[index] for index in batch]
         scored = iter(

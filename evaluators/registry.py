@@ -49,9 +49,7 @@ class Registry(Generic[T]):
     @cached_property
     def _has_families(self) -> bool:
         """Whether entries live in sub-packages, so that modules at the top are machinery."""
-        return any(
-            info.ispkg for info in pkgutil.iter_modules(importlib.import_module(self.package).__path__)
-        )
+        return any(info.ispkg for info in pkgutil.iter_modules(importlib.import_module(self.package).__path__))
 
     @cached_property
     def _entry_points(self) -> dict[str, EntryPoint]:

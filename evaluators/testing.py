@@ -60,9 +60,7 @@ def write_tiny_language_model(folder: Path, seed: int = 0) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TINY_CORPUS, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=32,
@@ -201,9 +199,7 @@ class EvaluatorContract:
         for pool in ITEM_POOLS:
             assert list(evaluator.items(pool)) == list(other.items(pool))
 
-    def test_every_item_is_scored_once_with_every_metric(
-        self, evaluator: Evaluator, model: torch.nn.Module
-    ) -> None:
+    def test_every_item_is_scored_once_with_every_metric(self, evaluator: Evaluator, model: torch.nn.Module) -> None:
         per_item = {name for name, metric in evaluator.metrics.items() if metric.per_item}
         for pool in ITEM_POOLS:
             scores = self._score(evaluator, model, evaluator.items(pool))
@@ -220,13 +216,9 @@ class EvaluatorContract:
         for name, values in found.items():
             assert np.isfinite(values).all(), name
             assert evaluator.metrics[name].low is None or (values >= evaluator.metrics[name].low).all(), name
-            assert evaluator.metrics[name].high is None or (values <= evaluator.metrics[name].high).all(), (
-                name
-            )
+            assert evaluator.metrics[name].high is None or (values <= evaluator.metrics[name].high).all(), name
 
-    def test_metrics_are_weighted_means_of_the_items(
-        self, evaluator: Evaluator, model: torch.nn.Module
-    ) -> None:
+    def test_metrics_are_weighted_means_of_the_items(self, evaluator: Evaluator, model: torch.nn.Module) -> None:
         scores = self._score(evaluator, model, evaluator.items("search"))
         aggregate = evaluator.aggregate(scores)
         assert set(aggregate) == set(evaluator.metrics)
@@ -235,9 +227,7 @@ class EvaluatorContract:
                 expected = np.average(scores.values[name], weights=scores.weights)
                 assert math.isclose(aggregate[name], expected, rel_tol=1e-9, abs_tol=1e-12)
 
-    def test_doubling_all_weights_changes_no_metric(
-        self, evaluator: Evaluator, model: torch.nn.Module
-    ) -> None:
+    def test_doubling_all_weights_changes_no_metric(self, evaluator: Evaluator, model: torch.nn.Module) -> None:
         """The bootstrap counts an item that is drawn twice by doubling its weight."""
         scores = self._score(evaluator, model, evaluator.items("search"))
         twice = Scores(scores.items, scores.values, 2 * scores.weights)
@@ -260,9 +250,7 @@ class EvaluatorContract:
         self, evaluator: Evaluator, model: torch.nn.Module
     ) -> None:
         items = list(evaluator.items("search"))
-        assert by_item(self._score(evaluator, model, items[::-1])) == by_item(
-            self._score(evaluator, model, items)
-        )
+        assert by_item(self._score(evaluator, model, items[::-1])) == by_item(self._score(evaluator, model, items))
 
     def test_an_evaluation_may_be_left_early(self, evaluator: Evaluator, model: torch.nn.Module) -> None:
         items = evaluator.items("search")

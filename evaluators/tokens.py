@@ -30,9 +30,7 @@ class TextOptions(DataOptions):
         description=f"most tokens that the model reads at once (default {DEFAULT_MAX_TOKENS}, or the model's "
         "number of positions if that is less)",
     )
-    batch_tokens: int = Field(
-        2048, ge=1, description="tokens per batch, padding included: trades memory for speed"
-    )
+    batch_tokens: int = Field(2048, ge=1, description="tokens per batch, padding included: trades memory for speed")
     add_bos: bool | None = Field(
         None,
         description="whether texts start with the beginning-of-sequence token (default: ask the tokenizer)",
@@ -65,9 +63,7 @@ class TextEncoder:
         self.max_tokens = options.max_tokens or min(positions or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
         bos: int | None = self._tokenizer.bos_token_id
         if options.add_bos and bos is None:
-            raise UserError(
-                f"add_bos is true, but the tokenizer in {self._folder} has no beginning-of-sequence token"
-            )
+            raise UserError(f"add_bos is true, but the tokenizer in {self._folder} has no beginning-of-sequence token")
         wanted = self._puts_bos(bos) if options.add_bos is None else options.add_bos
         self.bos = bos if wanted else None
         self.prefix: int | None = bos if bos is not None else self._tokenizer.eos_token_id
@@ -127,9 +123,7 @@ def _text_config(folder: Path) -> Any:
     except Exception as error:
         raise UserError(f"{folder}: config.json cannot be read: {_first_line(error)}") from error
     if config.is_encoder_decoder:
-        raise UserError(
-            f"{folder}: an encoder-decoder model; expected one that predicts the next token of a text"
-        )
+        raise UserError(f"{folder}: an encoder-decoder model; expected one that predicts the next token of a text")
     return config.get_text_config()
 
 

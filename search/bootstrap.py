@@ -99,7 +99,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _sorted(scores: Scores) -> Scores:
     order = sorted(range(len(scores.items)), key=lambda index: scores.items[index])
     return Scores(
-        tuple(scores.items[i] for i in order), {k: v[order] for k, v in scores.values.items()}, scores.weights[order]
+        tuple(scores.items[i] for i in order),
+        {k: v[order] for k, v in scores.values.items()},
+        scores.weights[order],
     )
 
 
@@ -126,5 +128,3 @@ def _metrics(evaluator: Evaluator, scores: Scores, drawn: Draws) -> dict[str, ND
 
 def _weighted(scores: Scores, row: NDArray[np.float64]) -> Scores:
     return Scores(scores.items, scores.values, scores.weights * row)
-
-

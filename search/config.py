@@ -36,7 +36,9 @@ class Models(_Section):
     """The models that take part."""
 
     base: str = Field(description="checkpoint folder or hub id of the model the sources were fine-tuned from")
-    sources: dict[Name, str] = Field(min_length=1, description="name -> checkpoint folder or hub id of a fine-tune")
+    sources: dict[Name, str] = Field(
+        min_length=1, description="name -> checkpoint folder or hub id of a fine-tune"
+    )
 
     @field_validator("sources")
     @classmethod
@@ -51,7 +53,9 @@ class GeneRange(_Section):
 
     low: float = Field(allow_inf_nan=False, description="lower bound, inclusive")
     high: float = Field(allow_inf_nan=False, description="upper bound, inclusive")
-    initial: float | None = Field(None, allow_inf_nan=False, description="where the search starts; by default the middle")
+    initial: float | None = Field(
+        None, allow_inf_nan=False, description="where the search starts; by default the middle"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -89,7 +93,8 @@ class SpaceConfig(_Section):
     operator: str = Field("task_arithmetic", description="a name from `meiosis operators`")
     layers_per_group: int = Field(1, ge=0, description="layers that share genes; 0: all layers share them")
     split: tuple[SplitKind, ...] = Field(
-        ("attention", "mlp", "norm"), description="parts of a layer, and of the rest, that get genes of their own"
+        ("attention", "mlp", "norm"),
+        description="parts of a layer, and of the rest, that get genes of their own",
     )
     patterns: dict[Name, str] = Field(
         default_factory=dict,
@@ -119,8 +124,12 @@ def _named(value: Any) -> Any:
 class OptimizerConfig(_Section):
     """Which optimiser proposes candidates."""
 
-    name: str = Field("diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry")
-    step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
+    name: str = Field(
+        "diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry"
+    )
+    step: float = Field(
+        0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range"
+    )
 
 
 class SearchConfig(_Section):
@@ -133,9 +142,12 @@ class SearchConfig(_Section):
         description="standard merges in generation 0; the parents always are in it",
     )
     order: Literal["ordered", "arrival"] = Field(
-        "ordered", description="ordered: the same history on any number of workers; arrival: results as they come"
+        "ordered",
+        description="ordered: the same history on any number of workers; arrival: results as they come",
     )
-    window: int | None = Field(None, ge=1, description="candidates in flight; by default twice the workers at the start")
+    window: int | None = Field(
+        None, ge=1, description="candidates in flight; by default twice the workers at the start"
+    )
     finalists: int = Field(5, ge=1, description="best candidates that are scored again on the select items")
 
 
@@ -155,7 +167,8 @@ class ObjectivesConfig(_Section):
 
     terms: tuple[Annotated[ObjectiveTerm, BeforeValidator(_as_term)], ...] = Field(min_length=1)
     normalize: Literal["parents", "none"] = Field(
-        "parents", description="parents: each metric is scaled to best parent = 0, worst parent = 1; none: as it is"
+        "parents",
+        description="parents: each metric is scaled to best parent = 0, worst parent = 1; none: as it is",
     )
 
 
@@ -197,12 +210,20 @@ class EvaluatorConfig(BaseModel):
 class ClusterConfig(_Section):
     """Where the search runs."""
 
-    pool: Literal["ray", "local"] = Field("ray", description="ray: a process per worker; local: this process, no Ray")
+    pool: Literal["ray", "local"] = Field(
+        "ray", description="ray: a process per worker; local: this process, no Ray"
+    )
     workers: int = Field(2, ge=1, le=10_000, description="candidates evaluated at the same time")
-    address: str | None = Field(None, description="address of a running Ray cluster; by default one is started here")
+    address: str | None = Field(
+        None, description="address of a running Ray cluster; by default one is started here"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="GPUs, or a fraction of one, that a worker reserves")
-    threads: int = Field(1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ...")
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ..."
+    )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="dtype of the merged model; by default that of the base"
     )

@@ -179,7 +179,9 @@ class Driver:
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
             first = self.trials[0, "search"]
-            raise RunError(f"no parent could be evaluated, so nothing can be compared with them: {first.failure_message}")
+            raise RunError(
+                f"no parent could be evaluated, so nothing can be compared with them: {first.failure_message}"
+            )
 
     def _workers(self) -> Pool:
         if self._pool is None:
@@ -195,7 +197,11 @@ class Driver:
         best = self._progress.best
         origin = self.population.candidates[trial.candidate].origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
-        if trial.loss is not None and trial.feasible and (best is None or best.loss is None or trial.loss < best.loss):
+        if (
+            trial.loss is not None
+            and trial.feasible
+            and (best is None or best.loss is None or trial.loss < best.loss)
+        ):
             self._progress = replace(self._progress, best=trial, best_origin=origin)
 
     def _count(self, done: int) -> None:

@@ -98,8 +98,8 @@ class Evaluation:
         return Outcome(
             job.candidate,
             job.items,
-            scores=scores,
-            metrics=metrics,
+            scores={} if failure else scores,
+            metrics={} if failure else metrics,
             failure=failure,
             weights_sha256=digest,
             merge_seconds=merged - started,
@@ -109,7 +109,9 @@ class Evaluation:
 
     def _hash(self, job: Job) -> str:
         """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
-        return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
+        return hash_tensors(
+            {**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))}
+        )
 
     def _score(self, job: Job) -> dict[str, Scores]:
         import torch
@@ -145,7 +147,9 @@ class Evaluation:
         }
 
     @staticmethod
-    def _failed(outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float) -> Outcome:
+    def _failed(
+        outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float
+    ) -> Outcome:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         return Outcome(
             outcome.candidate,
@@ -213,5 +217,7 @@ def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:
     """
     expected = list(items)
     if sorted(scores.items) != sorted(expected):
-        raise MeiosisError(f"evaluator '{name}' scored {len(scores.items)} items, {len(expected)} were asked for")
+        raise MeiosisError(
+            f"evaluator '{name}' scored {len(scores.items)} items, {len(expected)} were asked for"
+        )
     return scores

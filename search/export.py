@@ -36,7 +36,9 @@ def merge_recipe(recipe: Recipe, out: Path, *, folder: Path = Path(), overwrite:
     checkpoints = {}
     for name, ref in recipe.models.items():
         local = (folder / Path(ref.path).expanduser()).resolve()
-        checkpoints[name] = open_checkpoint(local if local.exists() or ref.path.startswith((".", "/", "~")) else ref.path)
+        checkpoints[name] = open_checkpoint(
+            local if local.exists() or ref.path.startswith((".", "/", "~")) else ref.path
+        )
     donor = checkpoints[recipe.donor]
     recipe.assign(donor.tensors)
     for name, checkpoint in checkpoints.items():
@@ -102,7 +104,11 @@ def write_merge(
 ) -> None:
     """Merge and write; the same code path and the same bits as in a worker."""
     donor = checkpoints[recipe.donor]
-    used = {recipe.donor, *(name for rule in recipe.rules for name in rule.sources), *([recipe.base] if recipe.base else [])}
+    used = {
+        recipe.donor,
+        *(name for rule in recipe.rules for name in rule.sources),
+        *([recipe.base] if recipe.base else []),
+    }
     merger = Merger(
         {name: CheckpointTensors(checkpoints[name]) for name in used},
         identity={name: recipe.models[name].sha256 or recipe.models[name].path for name in used},

@@ -126,7 +126,11 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
 def _finalists(driver: Driver, count: int) -> list[Candidate]:
     """The best searched candidates on the search items, each recipe once."""
     ranked = sorted(
-        (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
+        (
+            c
+            for c in driver.population.candidates
+            if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible
+        ),
         key=lambda c: (driver.trials[c.id, "search"].loss, c.id),
     )
     distinct = {c.recipe.hash: c for c in reversed(ranked)}
@@ -143,7 +147,9 @@ def _best(driver: Driver, candidates: list[Candidate], trials: Mapping[int, Tria
     return min(feasible, key=lambda c: (_loss(driver, trials[c.id]), c.id), default=None)
 
 
-def _one_per_family(driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]) -> list[Candidate]:
+def _one_per_family(
+    driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]
+) -> list[Candidate]:
     """Parents one by one; of a baseline with several settings the best on the select items."""
     families: dict[str, Candidate] = {}
     for candidate in baselines:
@@ -165,7 +171,9 @@ def _verdict(
 ) -> Verdict:
     objective = driver.population.objective
     if certified[winner.id].failure_kind:
-        raise RunError(f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}")
+        raise RunError(
+            f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}"
+        )
     usable = [c for c in rivals if usable_metrics(certified[c.id]) is not None]
     shown = [*usable, winner]
     bootstrap = Bootstrap(objective, evaluators, {c.id: certified[c.id].scores for c in shown}, seed)
@@ -182,14 +190,22 @@ def _verdict(
             rows.append(Row(label, c.id, value[c.id], low, high, metrics))
         else:
             d = compared[c.id]
-            rows.append(Row(label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]))
+            rows.append(
+                Row(
+                    label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]
+                )
+            )
     return Verdict(
         winner=winner.id,
         label=_label(winner),
         searched=winner.origin == SEARCHED,
         best_baseline=best_baseline.origin,
         proven=winner.origin == SEARCHED
-        and all(row.p < SIGNIFICANCE and row.difference < 0 for row in rows if row.p is not None and row.difference is not None),
+        and all(
+            row.p < SIGNIFICANCE and row.difference < 0
+            for row in rows
+            if row.p is not None and row.difference is not None
+        ),
         weights_sha256=certified[winner.id].weights_sha256 or "",
         rows=tuple(rows),
         unavailable=tuple(c.origin for c in rivals if c not in usable),

@@ -27,7 +27,10 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
 _OUTER: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("embedding", re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)|cls_token|patch|position", re.IGNORECASE)),
     ("norm", _KINDS[0][1]),
-    ("head", re.compile(r"head|classifier|score|pooler|(^|\.)(cls|qa_outputs|fc)(\.|$)|logits", re.IGNORECASE)),
+    (
+        "head",
+        re.compile(r"head|classifier|score|pooler|(^|\.)(cls|qa_outputs|fc)(\.|$)|logits", re.IGNORECASE),
+    ),
 )
 
 

@@ -59,7 +59,7 @@ def model_card(
 
 def markdown_table(verdict: Verdict) -> str:
     """The certify table of a verdict in Markdown."""
-    metrics = list(verdict.rows[-1].metrics)
+    metrics = sorted(verdict.rows[-1].metrics)
     head = ["model", "objective", "95 % interval", *metrics, "winner minus this", "p (Holm)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in verdict.rows:

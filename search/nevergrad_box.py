@@ -14,7 +14,9 @@ import numpy as np
 from search.errors import UserError, nearest
 from search.optimizer import MakeOptimizer, Problem, Vector
 
-_SELECTORS = re.compile(r"^(NGO|Ng|NGDS|Meta|SuperNg|HyperOpt|Wiz|CSEC|SplitCSEC|Carola|[Pp]Carola|FCarola)|MetaModel|Neural|SVM|RF")
+_SELECTORS = re.compile(
+    r"^(NGO|Ng|NGDS|Meta|SuperNg|HyperOpt|Wiz|CSEC|SplitCSEC|Carola|[Pp]Carola|FCarola)|MetaModel|Neural|SVM|RF"
+)
 """Families that choose their method by dimension, budget and workers, and can reach a surrogate model."""
 
 _TPA_DIMENSION = 300
@@ -149,8 +151,10 @@ def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
                 raise refuse("it does not repeat its asks from a seed, so a run with it cannot be resumed")
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001 - 540 entries fail in as many ways, each a refusal
-            raise refuse(f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}") from error
+        except Exception as error:  # 540 entries fail in as many ways
+            raise refuse(
+                f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}"
+            ) from error
         return box
 
     return make

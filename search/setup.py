@@ -59,7 +59,8 @@ class Setup:
             models=dict(self.models),
             base=BASE,
             evaluators=tuple(
-                EvaluatorSpec(name, section.use, section.options) for name, section in self.config.evaluators.items()
+                EvaluatorSpec(name, section.use, section.options)
+                for name, section in self.config.evaluators.items()
             ),
             device=cluster.device,
             dtype=cluster.dtype,
@@ -107,14 +108,18 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     _check_metrics(config, metrics, set(evaluators), faults)
     for index, name in enumerate(config.search.baselines):
         if name not in BASELINES.names():
-            faults.add(("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}")
+            faults.add(
+                ("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}"
+            )
     make_optimizer: MakeOptimizer | None = None
     try:
         make_optimizer = optimizer_named(config.search.optimizer.name)
     except UserError as error:
         faults.add(("search", "optimizer"), str(error))
     checkpoints = _checkpoints(loaded, faults)
-    models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
+    models = {
+        name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()
+    }
     space: Space | None = None
     there = BASE in checkpoints
     try:
@@ -132,9 +137,16 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
     # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
-    if there and space is not None and make_optimizer is not None and config.search.optimizer.name not in OPTIMIZERS.names():
+    if (
+        there
+        and space is not None
+        and make_optimizer is not None
+        and config.search.optimizer.name not in OPTIMIZERS.names()
+    ):
         try:
-            make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
+            make_optimizer(
+                Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1)
+            )
         except UserError as error:
             faults.add(("search", "optimizer"), str(error))
     if len(checkpoints) == len(config.models.sources) + 1:
@@ -185,7 +197,9 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
     for name, section in loaded.config.evaluators.items():
         key: Location = ("evaluators", name)
         try:
-            evaluator = make_evaluator(EvaluatorSpec(name, section.use, section.options), folder=loaded.folder)
+            evaluator = make_evaluator(
+                EvaluatorSpec(name, section.use, section.options), folder=loaded.folder
+            )
         except ValidationError as error:
             options = EVALUATORS.get(section.use).Options
             faults.lines += loaded.source.faults(error, options, key)
@@ -203,7 +217,9 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
-    return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
+    return {
+        f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()
+    }
 
 
 def _check_metrics(config: Config, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:

@@ -16,9 +16,9 @@ DOMAINS = ("python", "english", "cpp")
 def _texts() -> dict[str, list[str]]:
     """Real text of three kinds, (about 60 passages each)."""
     import argparse
+    import pydoc_data.topics
     import textwrap
 
-    import pydoc_data.topics
     import torch
 
     source = inspect.getsource(argparse) + inspect.getsource(textwrap)

@@ -14,7 +14,7 @@ from search.objective import make_objective
 from search.optimizer import optimizer_named
 from search.pool import Failure, Job, Outcome, WorkerPlan
 from search.population import Population
-from search.recipe import ModelRef
+from search.recipe import ModelRef, Recipe
 from search.space import make_space
 
 GOAL = {"a": 0.5, "b": 0.3, "c": 0.1}
@@ -23,30 +23,34 @@ TENSORS = ["model.layers.0.mlp.weight", "model.layers.1.mlp.weight", "lm_head.we
 BASELINES = ("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties")
 
 
+def loss_of(recipe: Recipe) -> float:
+    """How far the weights of a recipe are from `GOAL`, summed over sources, mean over its rules."""
+    total = 0.0
+    for rule in recipe.rules:
+        shares = {name: float(values.get("weight", 0.5)) for name, values in rule.sources.items()}
+        if rule.operator == "linear":
+            shares = {name: weight / sum(shares.values()) for name, weight in shares.items()}
+        total += sum((shares.get(name, 0.0) - best) ** 2 for name, best in GOAL.items())
+    return total / len(recipe.rules)
+
+
 class Landscape:
-    """Body of a worker: the loss of a recipe is how far its summed weights are from `GOAL`."""
+    """Body of a worker that scores a recipe by `loss_of`, with noise by item; every eleventh fails."""
 
     def __init__(self, plan: WorkerPlan | None = None) -> None: ...
 
     def run(self, job: Job) -> Outcome:
-        total = 0.0
-        for rule in job.recipe.rules:
-            shares = {name: float(values.get("weight", 0.5)) for name, values in rule.sources.items()}
-            if rule.operator == "linear":
-                shares = {name: weight / sum(shares.values()) for name, weight in shares.items()}
-            total += sum((shares.get(name, 0.0) - best) ** 2 for name, best in GOAL.items())
-        loss = total / len(job.recipe.rules)
         if job.candidate % 11 == 9:
             return Outcome(job.candidate, job.items, failure=Failure("error", "every eleventh fails"))
         noise = np.random.default_rng(job.candidate).normal(0, 0.01, 20)
-        scores = Scores(tuple(f"{job.items}{i}" for i in range(20)), {"loss": loss + noise}, np.ones(20))
+        values = loss_of(job.recipe) + noise
+        scores = Scores(tuple(f"{job.items}{i}" for i in range(20)), {"loss": values}, np.ones(20))
         return Outcome(
             job.candidate,
             job.items,
             scores={"e": scores},
-            metrics={"e.loss": float(scores.values["loss"].mean())},
-            weights_sha256=f"{job.recipe.hash}" if job.hash_weights else None,
-            worker="here",
+            metrics={"e.loss": float(values.mean())},
+            weights_sha256=job.recipe.hash if job.hash_weights else None,
         )
 
 

@@ -10,6 +10,12 @@ from hypothesis import strategies as st
 
 from evaluators.batching import plan_batches
 
+
+def test_a_case_by_hand() -> None:
+    """7 is too long and goes alone; 4 + 4 fill 8 exactly; 1 would be padded to 4."""
+    assert plan_batches([4, 1, 7, 4], ["a", "b", "c", "d"], 8) == [(2,), (0, 3), (1,)]
+
+
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 
 
@@ -18,9 +24,7 @@ def names_of(lengths: list[int]) -> list[str]:
 
 
 @given(LENGTHS, st.integers(1, 200))
-def test_every_sequence_is_in_one_batch_and_padded_batches_keep_the_limit(
-    lengths: list[int], limit: int
-) -> None:
+def test_every_sequence_is_in_one_batch_and_padded_batches_keep_the_limit(lengths: list[int], limit: int) -> None:
     plan = plan_batches(lengths, names_of(lengths), limit)
     assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
     for batch in plan:

@@ -23,8 +23,7 @@ TEXT_LINES = [
     for n in range(60)
 ]
 QUESTION_LINES = [
-    {"context": f"After {n} comes", "choices": [f"{n + 1}", f"{n + 2}", "a fox"], "answer": n % 3}
-    for n in range(40)
+    {"context": f"After {n} comes", "choices": [f"{n + 1}", f"{n + 2}", "a fox"], "answer": n % 3} for n in range(40)
 ]
 FUNCTION = """
 def score(model, tokenizer, items):
@@ -72,9 +71,7 @@ def test_listing_all_evaluators_with_their_options_imports_no_torch() -> None:
         "for name, plugin in EVALUATORS: print(plugin.Options.model_json_schema())\n"
         "sys.exit(str({'torch', 'transformers', 'ray'} & set(sys.modules) or ''))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == ""
 
 

@@ -38,10 +38,7 @@ def pools_of(items: Items) -> dict[str, set[str]]:
 
 
 def three(folder: Path, **texts: list[str]) -> PoolPaths:
-    paths = {
-        p: jsonl(folder / f"{p}.jsonl", *({"text": t} for t in texts.get(p, [f"only {p}"])))
-        for p in ITEM_POOLS
-    }
+    paths = {p: jsonl(folder / f"{p}.jsonl", *({"text": t} for t in texts.get(p, [f"only {p}"]))) for p in ITEM_POOLS}
     return PoolPaths(**paths)
 
 
@@ -71,9 +68,7 @@ def test_pools_get_about_their_share(search: int, select: int, salt: str) -> Non
 def test_growing_one_share_at_the_end_moves_no_search_item() -> None:
     names = [f"d{n}" for n in range(500)]
     first, second = Split(search=0.5, select=0.2, certify=0.3), Split(search=0.5, select=0.4, certify=0.1)
-    assert [n for n in names if first.pool_of(n) == "search"] == [
-        n for n in names if second.pool_of(n) == "search"
-    ]
+    assert [n for n in names if first.pool_of(n) == "search"] == [n for n in names if second.pool_of(n) == "search"]
 
 
 def test_items_of_one_document_stay_together(tmp_path: Path) -> None:
@@ -101,9 +96,7 @@ def test_a_limit_keeps_the_same_items_whatever_their_order_and_smaller_limits_ke
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", *({"text": t} for t in TEXTS))
     turned = jsonl(tmp_path / "b.jsonl", *({"text": t} for t in reversed(TEXTS)))
-    five, three_, same = (
-        pools_of(read_items(p, parse, limit=n)) for p, n in ((path, 5), (path, 3), (turned, 5))
-    )
+    five, three_, same = (pools_of(read_items(p, parse, limit=n)) for p, n in ((path, 5), (path, 3), (turned, 5)))
     assert all(len(five[pool]) == 5 and len(three_[pool]) == 3 for pool in ITEM_POOLS)
     assert all(three_[pool] <= five[pool] for pool in ITEM_POOLS)
     assert five == same

@@ -20,7 +20,7 @@ from evaluators.testing import TINY_POSITIONS, by_item, load_language_model, wri
 
 torch.set_num_threads(1)
 
-WORDS = ["fox", "dog", "merge", "naïve λ", "sum(values)", "a point between them", "lazy", "0.5"]
+WORDS = ["fox", "dog", "merge", "λόγος ἀρχή", "sum(values)", "a point between them", "lazy", "0.5"]
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -31,9 +31,7 @@ def questions(count: int) -> list[dict[str, Any]]:
         choices = [str(c) for c in rng.choice(WORDS, size=int(rng.integers(2, 6)), replace=False)]
         answer = int(rng.integers(len(choices)))
         context = f"Question {n}: " + " ".join(rng.choice(WORDS, size=3)) + ("  " if n % 3 == 0 else "")
-        found.append(
-            {"id": n, "context": context, "choices": choices, "answer": choices[answer] if n % 2 else answer}
-        )
+        found.append({"id": n, "context": context, "choices": choices, "answer": choices[answer] if n % 2 else answer})
     return found
 
 
@@ -56,9 +54,7 @@ def tokenizer(folder: Path) -> Any:
 
 def make(tmp_path: Path, folder: Path, records: list[dict[str, Any]], **options: Any) -> MultipleChoice:
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    evaluator = make_evaluator(
-        EvaluatorSpec("q", "multiple_choice", {"data": "q.jsonl", **options}), tmp_path
-    )
+    evaluator = make_evaluator(EvaluatorSpec("q", "multiple_choice", {"data": "q.jsonl", **options}), tmp_path)
     assert isinstance(evaluator, MultipleChoice)
     evaluator.check()
     evaluator.prepare(Context(folder))
@@ -85,9 +81,7 @@ def expected_of(model: Any, tokenizer: Any, record: dict[str, Any], bos: bool = 
         p = torch.softmax(logits, -1)
         positions = range(len(start) + len(before), len(tokens))
         logs.append(sum(math.log(p[t - 1, tokens[t]].item()) for t in positions))
-    right = (
-        record["choices"].index(record["answer"]) if isinstance(record["answer"], str) else record["answer"]
-    )
+    right = record["choices"].index(record["answer"]) if isinstance(record["answer"], str) else record["answer"]
     lengths = [len(choice.encode()) for choice in record["choices"]]
     return (
         float(max(range(len(logs)), key=lambda c: logs[c]) == right),
@@ -111,9 +105,7 @@ def test_scores_are_those_of_one_forward_pass_per_choice(
     assert ((accuracies > 0.1) & (accuracies < 0.9)).all(), "the cases should tell right from wrong"
 
 
-def test_in_float64_padding_and_batches_change_nothing_visible(
-    tmp_path: Path, folder: Path, model: Any
-) -> None:
+def test_in_float64_padding_and_batches_change_nothing_visible(tmp_path: Path, folder: Path, model: Any) -> None:
     exact = copy.deepcopy(model).double()
     one, many = (everything(make(tmp_path, folder, questions(40), batch_tokens=n), exact) for n in (1, 512))
     for item, values in one.items():
@@ -139,8 +131,7 @@ def test_the_order_of_the_choices_does_not_matter(tmp_path: Path, folder: Path, 
 
 def test_choices_of_one_token_share_one_forward_pass(tmp_path: Path, folder: Path, model: Any) -> None:
     records = [
-        {"id": n, "context": f"Which {n}? ", "choices": ["A", "B", "C", "D"], "answer": n % 4}
-        for n in range(30)
+        {"id": n, "context": f"Which {n}? ", "choices": ["A", "B", "C", "D"], "answer": n % 4} for n in range(30)
     ]
     evaluator = make(tmp_path, folder, records, delimiter="", batch_tokens=1)
     rows: list[int] = []
@@ -203,9 +194,7 @@ GOOD = {"context": "Is it?", "choices": ["yes", "no"], "answer": 0}
         ({"answer": None}, "'answer' is None, expected the index of a choice"),
     ],
 )
-def test_a_wrong_line_is_reported_with_its_number(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_line_is_reported_with_its_number(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path, tmp_path, [*questions(3), {**GOOD, **change}])
     assert f"q.jsonl:4: {message}" in str(caught.value)
@@ -220,9 +209,7 @@ def test_a_missing_key_is_reported_with_those_that_are_there(tmp_path: Path, key
 
 def test_a_choice_longer_than_the_model_reads_is_refused_by_name(tmp_path: Path, folder: Path) -> None:
     records = [*questions(20), {"id": "long", "context": "x", "choices": ["y", "zqxj " * 80], "answer": 0}]
-    with pytest.raises(
-        UserError, match=r"q.jsonl:21: choices\[1\] of item 'long' has \d+ tokens, but .* 64 at once"
-    ):
+    with pytest.raises(UserError, match=r"q.jsonl:21: choices\[1\] of item 'long' has \d+ tokens, but .* 64 at once"):
         make(tmp_path, folder, records)
 
 

@@ -28,10 +28,7 @@ WORDS = ["merge", "of", "the", "models", "def", "return", "values", "fox", "λ",
 
 def texts(count: int, words: int = 12) -> list[str]:
     rng = np.random.default_rng(3)
-    return [
-        " ".join(rng.choice(WORDS, size=int(n))) + f" {k}"
-        for k, n in enumerate(rng.integers(1, words, count))
-    ]
+    return [" ".join(rng.choice(WORDS, size=int(n))) + f" {k}" for k, n in enumerate(rng.integers(1, words, count))]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +51,7 @@ def tokenizer(folder: Path) -> Any:
 def make(tmp_path: Path, folder: Path, items: list[str], **options: Any) -> Perplexity:
     lines = [json.dumps({"text": text, "id": n}) for n, text in enumerate(items)]
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
-    evaluator = make_evaluator(
-        EvaluatorSpec("ppl", "perplexity", {"data": "items.jsonl", **options}), tmp_path
-    )
+    evaluator = make_evaluator(EvaluatorSpec("ppl", "perplexity", {"data": "items.jsonl", **options}), tmp_path)
     assert isinstance(evaluator, Perplexity)
     evaluator.check()
     evaluator.prepare(Context(folder))
@@ -92,9 +87,7 @@ def test_every_item_has_the_loss_that_hugging_face_gives_it_alone(
         assert nll == pytest.approx(expected, rel=2e-6)
 
 
-def test_perplexity_is_that_of_all_tokens_together(
-    tmp_path: Path, folder: Path, model: Any, tokenizer: Any
-) -> None:
+def test_perplexity_is_that_of_all_tokens_together(tmp_path: Path, folder: Path, model: Any, tokenizer: Any) -> None:
     items = texts(30)
     evaluator = make(tmp_path, folder, items)
     metrics = evaluator.aggregate(everything(evaluator, model))
@@ -103,9 +96,7 @@ def test_perplexity_is_that_of_all_tokens_together(
     assert metrics["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
 
 
-def test_in_float64_padding_and_batches_change_nothing_visible(
-    tmp_path: Path, folder: Path, model: Any
-) -> None:
+def test_in_float64_padding_and_batches_change_nothing_visible(tmp_path: Path, folder: Path, model: Any) -> None:
     exact = copy.deepcopy(model).double()
     items = texts(40)
     one, many = (everything(make(tmp_path, folder, items, batch_tokens=n), exact) for n in (1, 512))
@@ -113,9 +104,7 @@ def test_in_float64_padding_and_batches_change_nothing_visible(
         assert by_item(many)[item] == pytest.approx(values, rel=1e-12)
 
 
-def test_a_bfloat16_model_is_normalised_in_float32(
-    tmp_path: Path, folder: Path, model: Any, tokenizer: Any
-) -> None:
+def test_a_bfloat16_model_is_normalised_in_float32(tmp_path: Path, folder: Path, model: Any, tokenizer: Any) -> None:
     half = copy.deepcopy(model).bfloat16()
     items = texts(20)
     scores = everything(make(tmp_path, folder, items, batch_tokens=1), half)
@@ -136,9 +125,7 @@ def test_the_softmax_in_pieces_equals_the_softmax_at_once(
 LONG = " ".join(texts(12, words=20))
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "stride"), [(16, 16), (16, 5), (16, 1), (33, 32), (TINY_POSITIONS, 20)]
-)
+@pytest.mark.parametrize(("max_tokens", "stride"), [(16, 16), (16, 5), (16, 1), (33, 32), (TINY_POSITIONS, 20)])
 def test_long_texts_are_scored_as_a_loop_over_windows_says(
     tmp_path: Path, folder: Path, model: Any, tokenizer: Any, max_tokens: int, stride: int
 ) -> None:
@@ -200,9 +187,7 @@ def test_a_beginning_token_lets_the_first_token_be_scored(
     tmp_path: Path, folder: Path, model: Any, tokenizer: Any
 ) -> None:
     items = texts(20)
-    with_, without = (
-        by_item(everything(make(tmp_path, folder, items, add_bos=b), model)) for b in (True, False)
-    )
+    with_, without = (by_item(everything(make(tmp_path, folder, items, add_bos=b), model)) for b in (True, False))
     assert by_item(everything(make(tmp_path, folder, items), model)) == without  # this tokenizer adds none
     for n, text in enumerate(items):
         tokens = tokenizer(text)["input_ids"]
@@ -219,13 +204,30 @@ def test_a_tokenizer_that_starts_texts_with_a_beginning_token_is_followed(
 
     folder = write_tiny_language_model(tmp_path_factory.mktemp("bos"))
     starting = AutoTokenizer.from_pretrained(folder)
-    starting.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     starting.save_pretrained(folder)
     items = texts(20)
     default = by_item(everything(make(tmp_path, folder, items), model))
     assert default == by_item(everything(make(tmp_path, folder, items, add_bos=True), model))
+
+
+def test_padding_stands_on_the_right_and_is_masked(tmp_path: Path, folder: Path, model: Any, tokenizer: Any) -> None:
+    items = texts(40)
+    evaluator = make(tmp_path, folder, items, batch_tokens=200)
+    inputs = {tuple(tokenizer(text)["input_ids"][:-1]) for text in items}
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, a, given: seen.append((given["input_ids"], given["attention_mask"])), with_kwargs=True
+    )
+    try:
+        everything(evaluator, model)
+    finally:
+        hook.remove()
+    assert all(tokens.numel() <= 200 and tokens.shape == mask.shape for tokens, mask in seen)
+    assert any((mask == 0).any() for _, mask in seen)
+    rows = [(row, kept) for tokens, mask in seen for row, kept in zip(tokens, mask, strict=True)]
+    assert {tuple(row[: int(kept.sum())].tolist()) for row, kept in rows} == inputs
+    assert all(kept.tolist() == sorted(kept.tolist(), reverse=True) for _, kept in rows)
 
 
 def test_scores_come_in_chunks_as_batches_end(tmp_path: Path, folder: Path, model: Any) -> None:
@@ -252,9 +254,7 @@ def test_a_model_in_training_mode_is_scored_without_dropout_and_put_back(
     assert [module.training for module in dropping.modules()] == modes
 
 
-def test_weights_that_are_not_numbers_give_a_metric_that_is_none(
-    tmp_path: Path, folder: Path, model: Any
-) -> None:
+def test_weights_that_are_not_numbers_give_a_metric_that_is_none(tmp_path: Path, folder: Path, model: Any) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("nan")
@@ -263,9 +263,7 @@ def test_weights_that_are_not_numbers_give_a_metric_that_is_none(
     assert all(math.isnan(value) for value in metrics.values())
 
 
-def test_a_hopeless_model_has_infinite_perplexity_instead_of_an_overflow(
-    tmp_path: Path, folder: Path
-) -> None:
+def test_a_hopeless_model_has_infinite_perplexity_instead_of_an_overflow(tmp_path: Path, folder: Path) -> None:
     evaluator = make(tmp_path, folder, texts(20))
     metrics = evaluator.aggregate(Scores(("a",), {"nll": np.array([1e4])}, np.ones(1)))
     assert metrics == {"nll": 1e4, "perplexity": math.inf}
@@ -349,9 +347,7 @@ def test_a_stride_beyond_the_window_is_refused_in_the_config(tmp_path: Path) -> 
         Perplexity.Options.model_validate({"data": "x", "stride": 9, "max_tokens": 8})
 
 
-def test_a_text_of_one_token_is_refused_by_name_unless_there_is_a_beginning_token(
-    tmp_path: Path, folder: Path
-) -> None:
+def test_a_text_of_one_token_is_refused_by_name_unless_there_is_a_beginning_token(tmp_path: Path, folder: Path) -> None:
     items = [*texts(20), "z"]
     with pytest.raises(UserError, match=r"items.jsonl:21: item '20' is 1 token"):
         make(tmp_path, folder, items)

@@ -24,11 +24,9 @@ torch.set_num_threads(1)
 def make(tmp_path: Path, code: str, rows: int = 0, **options: Any) -> PythonFunction:
     (tmp_path / "mine.py").write_text(textwrap.dedent(code))
     if rows:
-        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"x": n, "id": n}) for n in range(rows)))
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"x": n, "deep": [n], "id": n}) for n in range(rows)))
         options["data"] = "rows.jsonl"
-    evaluator = make_evaluator(
-        EvaluatorSpec("f", "python", {"function": "mine.py:score", **options}), tmp_path
-    )
+    evaluator = make_evaluator(EvaluatorSpec("f", "python", {"function": "mine.py:score", **options}), tmp_path)
     assert isinstance(evaluator, PythonFunction)
     return evaluator
 
@@ -54,9 +52,7 @@ def test_without_data_there_is_one_score_per_pool(tmp_path: Path) -> None:
 
 
 def test_with_data_the_function_sees_the_objects_of_a_pool_and_scores_each(tmp_path: Path) -> None:
-    evaluator = make(
-        tmp_path, "def score(model, items):\n    return [item['x'] * 2 for item in items]", rows=40
-    )
+    evaluator = make(tmp_path, "def score(model, items):\n    return [item['x'] * 2 for item in items]", rows=40)
     scores = run(evaluator)
     assert 10 < len(scores.items) < 30
     assert by_item(scores) == {item: (2.0 * int(item), 1.0) for item in evaluator.items("search")}
@@ -109,15 +105,11 @@ def test_the_function_gets_what_its_parameters_name(tmp_path: Path) -> None:
         def score(**given):
             return sorted(given) == ["device", "items", "model", "seed", "tokenizer"]
     """
-    assert run(make(tmp_path, everything), load_language_model(folder), folder).values["score"].tolist() == [
-        1.0
-    ]
+    assert run(make(tmp_path, everything), load_language_model(folder), folder).values["score"].tolist() == [1.0]
 
 
 def test_a_base_without_tokenizer_gives_none(tmp_path: Path) -> None:
-    assert run(make(tmp_path, "def score(tokenizer):\n    return tokenizer is None")).values[
-        "score"
-    ].tolist() == [1.0]
+    assert run(make(tmp_path, "def score(tokenizer):\n    return tokenizer is None")).values["score"].tolist() == [1.0]
 
 
 def test_what_the_function_does_to_its_items_does_not_reach_the_next_candidate(tmp_path: Path) -> None:
@@ -125,7 +117,8 @@ def test_what_the_function_does_to_its_items_does_not_reach_the_next_candidate(t
         def score(model, items):
             for item in items:
                 item["x"] += 1
-                yield item["x"]
+                item["deep"][0] += item["x"]
+                yield item["deep"][0]
     """
     evaluator = make(tmp_path, code, rows=20)
     assert by_item(run(evaluator)) == by_item(run(evaluator))

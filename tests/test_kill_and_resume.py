@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,9 @@ def test_a_driver_killed_at_random_moments_resumes_to_the_same_history(
     assert process.returncode == 0, stderr
     assert killed > 0
     assert digest(events(run)) == digest(events(reference))
-    assert (run / "best" / "model.safetensors").read_bytes() == (reference / "best" / "model.safetensors").read_bytes()
+    assert (run / "best" / "model.safetensors").read_bytes() == (
+        reference / "best" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_a_log_torn_in_the_middle_of_a_write_resumes_to_the_same_history(
 
 
 @pytest.fixture(scope="module")
-def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two Ray workers whose driver is killed once and whose workers are killed after that."""
     folder = tmp_path_factory.mktemp("ray")
     path = write_config(family, folder, pool="ray")
@@ -137,7 +138,7 @@ def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     _, stderr = second.communicate(timeout=400)
     assert second.returncode == 0, stderr
     assert killed
-    yield run
+    return run
 
 
 def kill_a_worker(driver: subprocess.Popen[str], run: Path) -> bool:
@@ -145,7 +146,9 @@ def kill_a_worker(driver: subprocess.Popen[str], run: Path) -> bool:
     deadline = time.monotonic() + 300
     while driver.poll() is None:
         assert time.monotonic() < deadline, "the search does not get on"
-        for worker in {event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker}:
+        for worker in {
+            event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker
+        }:
             process = Path("/proc", worker.rpartition("/")[2])
             # Results of the driver before this one name workers that are gone.
             if process.exists() and b"ray::" in (process / "cmdline").read_bytes():

@@ -42,9 +42,7 @@ ARGUMENTS = ("model", "tokenizer", "items", "device", "seed")
 def _absolute(function: str, info: ValidationInfo) -> str:
     place, _, name = function.rpartition(":")
     if not place or not name.isidentifier():
-        raise ValueError(
-            f"'{function}' does not name a function; expected path/to/file.py:name or module:name"
-        )
+        raise ValueError(f"'{function}' does not name a function; expected path/to/file.py:name or module:name")
     return f"{absolute_path(Path(place), info)}:{name}" if place.endswith(".py") else function
 
 
@@ -174,15 +172,11 @@ class PythonFunction(ItemEvaluator):
         """Metric -> value, from a number or a mapping."""
         if not isinstance(result, Mapping):
             if len(self.metrics) > 1:
-                raise self._fault(
-                    f"returned a single number, expected a mapping with {', '.join(self.metrics)}"
-                )
+                raise self._fault(f"returned a single number, expected a mapping with {', '.join(self.metrics)}")
             result = {next(iter(self.metrics)): result}
         for name in result:
             if name not in self.metrics:
-                raise self._fault(
-                    f"returned '{name}', which is not under `metrics`{nearest(str(name), self.metrics)}"
-                )
+                raise self._fault(f"returned '{name}', which is not under `metrics`{nearest(str(name), self.metrics)}")
         if missing := [name for name in self.metrics if name not in result]:
             raise self._fault(f"returned no '{missing[0]}', which `metrics` declares")
         try:

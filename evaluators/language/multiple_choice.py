@@ -37,12 +37,8 @@ class MultipleChoice(ItemEvaluator):
     """
 
     metrics: Mapping[str, Metric] = {
-        "acc": Metric(
-            "maximize", low=0, high=1, help="share of items whose answer is the most likely choice"
-        ),
-        "acc_norm": Metric(
-            "maximize", low=0, high=1, help="the same by log-likelihood per byte of the choice"
-        ),
+        "acc": Metric("maximize", low=0, high=1, help="share of items whose answer is the most likely choice"),
+        "acc_norm": Metric("maximize", low=0, high=1, help="the same by log-likelihood per byte of the choice"),
         "nll": Metric(
             "minimize",
             unit="nats",
@@ -67,9 +63,7 @@ class MultipleChoice(ItemEvaluator):
         choices = [checked_text(choice, f"choices[{index}]") for index, choice in enumerate(given)]
         for index, choice in enumerate(choices):
             if choice in choices[:index]:
-                raise ValueError(
-                    f"choices[{choices.index(choice)}] and choices[{index}] are the same: {choice!r}"
-                )
+                raise ValueError(f"choices[{choices.index(choice)}] and choices[{index}] are the same: {choice!r}")
         return {"context": context, "choices": choices, "answer": _index_of(answer, choices)}
 
     def prepare(self, context: Context) -> None:
@@ -88,21 +82,14 @@ class MultipleChoice(ItemEvaluator):
             windows = []
             for index in range(len(item.content["choices"])):
                 before, whole = next(encoded)
-                windows.append(
-                    _window(encoder, before, whole, f"{item.where}: choices[{index}] of item '{item.id}'")
-                )
+                windows.append(_window(encoder, before, whole, f"{item.where}: choices[{index}] of item '{item.id}'"))
             self._windows[item.id] = tuple(windows)
         self._device = context.device
 
     def evaluate(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[Scores]:
         windows = {item: self._windows[item] for item in items}
-        for done in score_windows(
-            model, windows, batch_tokens=self.options.batch_tokens, device=self._device
-        ):
-            rows = [
-                _score(self.data[item], np.array([part.sum() for part in parts]))
-                for item, parts in done.items()
-            ]
+        for done in score_windows(model, windows, batch_tokens=self.options.batch_tokens, device=self._device):
+            rows = [_score(self.data[item], np.array([part.sum() for part in parts])) for item, parts in done.items()]
             columns = np.array(rows).T
             yield Scores(tuple(done), dict(zip(self.metrics, columns, strict=True)), np.ones(len(rows)))
 
@@ -115,9 +102,7 @@ def _index_of(answer: Any, choices: Sequence[str]) -> int:
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise ValueError(f"'answer' is {answer!r}, expected the index of a choice, or the choice itself")
     if not 0 <= answer < len(choices):
-        raise ValueError(
-            f"'answer' is {answer}, expected 0 to {len(choices) - 1}: there are {len(choices)} choices"
-        )
+        raise ValueError(f"'answer' is {answer}, expected 0 to {len(choices) - 1}: there are {len(choices)} choices")
     return answer
 
 
@@ -131,18 +116,12 @@ def _window(encoder: TextEncoder, before: Tokens, whole: Tokens, where: str) -> 
     """What to read and to predict for one choice, given the tokens of the context and of both."""
     targets = whole[len(before) :]
     if not len(targets):
-        raise UserError(
-            f"{where} adds no token to its context; set a delimiter, or end the context with a space"
-        )
+        raise UserError(f"{where} adds no token to its context; set a delimiter, or end the context with a space")
     if len(targets) > encoder.max_tokens:
-        raise UserError(
-            f"{where} has {len(targets)} tokens, but the model reads {encoder.max_tokens} at once"
-        )
+        raise UserError(f"{where} has {len(targets)} tokens, but the model reads {encoder.max_tokens} at once")
     start = encoder.bos if len(before) or encoder.bos is not None else encoder.prefix
     if start is None and not len(before):
-        raise UserError(
-            f"{where} has an empty context, and the tokenizer no token to stand for it; add a context"
-        )
+        raise UserError(f"{where} has an empty context, and the tokenizer no token to stand for it; add a context")
     read = np.concatenate([[] if start is None else [start], before, targets]).astype(np.int64)
     return Window(read[-encoder.max_tokens - 1 : -1], targets)
 

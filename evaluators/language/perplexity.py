@@ -88,9 +88,7 @@ class Perplexity(ItemEvaluator):
 
     def evaluate(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[Scores]:
         windows = {item: self._windows[item] for item in items}
-        for done in score_windows(
-            model, windows, batch_tokens=self.options.batch_tokens, device=self._device
-        ):
+        for done in score_windows(model, windows, batch_tokens=self.options.batch_tokens, device=self._device):
             per_item = [np.concatenate(parts) for parts in done.values()]
             yield Scores(
                 items=tuple(done),

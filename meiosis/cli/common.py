@@ -24,7 +24,9 @@ _PLAIN_WIDTH = 160
 
 def debug_option(function: F) -> F:
     """`--debug`: `main` looks for it in the arguments, the command itself does not need it."""
-    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
+        function
+    )
 
 
 def json_option(function: F) -> F:
@@ -72,5 +74,9 @@ def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
 def results_option(function: F) -> F:
     """`--results`: where runs are looked for."""
     return click.option(
-        "--results", default="results", show_default=True, type=click.Path(path_type=Path), help="Folder of the runs."
+        "--results",
+        default="results",
+        show_default=True,
+        type=click.Path(path_type=Path),
+        help="Folder of the runs.",
     )(function)

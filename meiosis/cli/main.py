@@ -93,7 +93,7 @@ def main() -> NoReturn:
         # The reader of our output went away (`| head`): not an error of ours.
         sys.stderr.close()
         status = 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a fault of ours, told as one; --debug raises it
         if debug:
             traceback.print_exc()
         click.echo(f"meiosis: unexpected {type(error).__name__}: {error}", err=True)

@@ -44,7 +44,11 @@ def command(as_json: bool) -> None:
             default = "required" if parameter.default is None else f"default {_shown(parameter.default)}"
             lines.append(f"{parameter.name}{star}: {parameter.help} ({default})")
         base = "needs the base" if operator.needs_base else "base not used"
-        table.add_row(name, f"{operator.help}\n{operator.source}\n{_count(operator.min_sources, operator.max_sources)}; {base}", "\n".join(lines))
+        table.add_row(
+            name,
+            f"{operator.help}\n{operator.source}\n{_count(operator.min_sources, operator.max_sources)}; {base}",
+            "\n".join(lines),
+        )
     out().print(table)
 
 

@@ -57,7 +57,11 @@ def show(finished: Finished, as_json: bool) -> None:
 
     if as_json:
         print_json(
-            {"run": str(finished.folder.path), "model": str(finished.model), "verdict": asdict(finished.verdict)}
+            {
+                "run": str(finished.folder.path),
+                "model": str(finished.model),
+                "verdict": asdict(finished.verdict),
+            }
         )
         return
     console = out()
