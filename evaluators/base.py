@@ -101,13 +101,15 @@ def absolute_path(path: Path, info: ValidationInfo) -> Path:
     return (folder / path.expanduser()).resolve()
 
 
-def _not_empty(value: object) -> object:
+def _path_text(value: object) -> object:
+    if not isinstance(value, (str, Path)):
+        raise ValueError(f"{value!r} is not a path; expected text")
     if value == "":  # pydantic would read it as the current folder, which nobody means
         raise ValueError("the path is empty; write '.' for the folder of the config itself")
     return value
 
 
-ConfigPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(absolute_path)]
+ConfigPath = Annotated[Path, BeforeValidator(_path_text), AfterValidator(absolute_path)]
 """Type of options that are paths: relative ones start at the folder of the config file."""
 
 

@@ -77,6 +77,7 @@ class Driver:
     def search(self) -> None:
         """Run the search to its budget."""
         self._begin("search", self.limits.budget)
+        self._refuse_without_parents()
         for candidate in self.population.candidates:
             if (candidate.id, "search") not in self.trials:
                 self._submit(candidate, "search")

@@ -104,14 +104,9 @@ def write_merge(
 ) -> None:
     """Merge and write; the same code path and the same bits as in a worker."""
     donor = checkpoints[recipe.donor]
-    used = {
-        recipe.donor,
-        *(name for rule in recipe.rules for name in rule.sources),
-        *([recipe.base] if recipe.base else []),
-    }
     merger = Merger(
-        {name: CheckpointTensors(checkpoints[name]) for name in used},
-        identity={name: recipe.models[name].sha256 or recipe.models[name].path for name in used},
+        {name: CheckpointTensors(checkpoints[name]) for name in recipe.models},
+        identity={name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
     )
     write_checkpoint(
         merger.merge_tensors(recipe),

@@ -213,8 +213,7 @@ def export_trial(
         UserError: no such candidate, nothing to export yet, or `out` is taken.
     """
     setup = load_setup(folder, watcher)
-    with History.open(folder.history, writable=False) as history:
-        events = list(history.events())
+    events = folder.events()
     ended = _ended(events)
     population = make_population(setup, int(folder.manifest()["window"]))
     trials = replay(events, population)

@@ -52,6 +52,13 @@ class Setup:
     make_optimizer: MakeOptimizer
     data_sha256: Mapping[str, str]
 
+    @property
+    def device(self) -> str:
+        """Device of the workers. Ray shows all GPUs to workers that reserve none; those are not theirs."""
+        cluster = self.config.cluster
+        reserved = cluster.pool == "local" or cluster.gpus_per_worker > 0
+        return "cpu" if cluster.device == "auto" and not reserved else cluster.device
+
     def worker_plan(self, prepared_folder: str | None = None) -> WorkerPlan:
         """What every worker is told."""
         cluster = self.config.cluster
@@ -62,7 +69,7 @@ class Setup:
                 EvaluatorSpec(name, section.use, section.options)
                 for name, section in self.config.evaluators.items()
             ),
-            device=cluster.device,
+            device=self.device,
             dtype=cluster.dtype,
             threads=cluster.threads,
             seed=self.config.seed,

@@ -9,7 +9,6 @@ from datetime import datetime
 
 from search.finals import Verdict
 from search.store.events import Ask, End, Trial
-from search.store.history import History
 from search.store.run_folder import RunFolder
 
 
@@ -45,8 +44,7 @@ class RunStatus:
 def run_status(folder: RunFolder) -> RunStatus:
     """Read the state of a run."""
     manifest = folder.manifest()
-    with History.open(folder.history, writable=False) as history:
-        events = list(history.events())
+    events = folder.events()
     origins = {event.candidate: event.origin for event in events if isinstance(event, Ask)}
     trials = [event for event in events if isinstance(event, Trial)]
     searched = [trial for trial in trials if trial.items == "search"]

@@ -245,7 +245,7 @@ def test_relative_paths_start_at_the_folder_of_the_config_and_become_absolute(tm
     [
         ({}, "Field required"),
         ({"data": ""}, "the path is empty"),
-        ({"data": 5}, "not a valid path"),
+        ({"data": 5}, "5 is not a path; expected text"),
         ({"data": {"search": "a", "select": "b"}}, "data.pools.certify"),
         ({"data": {"search": "a", "select": "b", "certify": "c", "train": "d"}}, "Extra inputs"),
         ({"data": "a", "limit": 0}, "greater than or equal to 1"),

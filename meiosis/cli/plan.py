@@ -55,6 +55,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
             for gene in setup.space.genes
         ],
         "optimizer": config.search.optimizer.name,
+        "device": setup.device,
         "memory_bytes": {
             "sources shared by all workers": sum(
                 checkpoint.nbytes for checkpoint in setup.checkpoints.values()
@@ -106,7 +107,7 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
         )
     console.print(genome)
     memory, cost = plan["memory_bytes"], plan["cost"]
-    console.print(f"Operator {plan['operator']}, optimizer {plan['optimizer']}.")
+    console.print(f"Operator {plan['operator']}, optimizer {plan['optimizer']}. Workers run on: {plan['device']}.")
     console.print(
         f"Memory: {memory['sources shared by all workers'] / _MIB:.1f} MiB of sources, mapped once and shared; "
         f"{memory['live model of one worker'] / _MIB:.1f} MiB of live model for each of {cost['workers']} workers, "

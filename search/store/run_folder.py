@@ -15,6 +15,8 @@ import yaml
 
 from search.errors import RunError, UserError, nearest
 from search.store.atomic import TEMPORARY, make_folder, sync_folder, write_atomic
+from search.store.events import Event
+from search.store.history import History
 from search.store.lock import LOCK, FileLock, Owner
 
 CONFIG = "run.yaml"
@@ -153,6 +155,17 @@ class RunFolder:
         if not isinstance(data, dict):
             raise RunError(f"{self.config} is damaged: expected a mapping; restore it from a backup")
         return cast(dict[str, Any], data)
+
+    def events(self) -> list[Event]:
+        """What the history holds now, also while a driver is at work; none before the first.
+
+        Raises:
+            HistoryError: the history is damaged.
+        """
+        if not self.history.exists():
+            return []
+        with History.open(self.history, writable=False) as history:
+            return history.events()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,0 +1,61 @@
+"""What the README shows works as shown."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_config_that_is_explained_is_the_one_that_make_search_runs() -> None:
+    example = yaml.safe_load((ROOT / "examples" / "text.yaml").read_text())
+    assert example in [yaml.safe_load(block) for block in blocks("yaml")]
+
+
+def test_the_operator_that_is_shown_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from search.merge.apply import Merger
+    from search.merge.sources import InMemoryTensors
+    from search.recipe import Recipe
+
+    code = next(block for block in blocks("python") if "Operator" in block)
+    (tmp_path / "shown_operator.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 1000, generator=generator)
+    other = base + 0.01 * torch.randn(300, 1000, generator=generator)
+    recipe = Recipe.from_data(
+        {
+            "base": "base",
+            "models": {"base": {"path": "b"}, "other": {"path": "o"}},
+            "rules": [{"operator": "shown_operator:PLUGIN", "sources": {"other": {}}, "parameters": {"t": 0.003}}],
+        }
+    )
+    models = {"base": InMemoryTensors({"w": base}), "other": InMemoryTensors({"w": other})}
+    merged = dict(Merger(models).merge_tensors(recipe))["w"].double().numpy()
+    x, b = other.double().numpy(), base.double().numpy()
+    share = np.clip(0.003 / np.maximum(np.abs(b - x), 1e-6), 0, 1)
+    assert np.allclose(merged, share * x + (1 - share) * b, atol=1e-6)
+
+
+def test_every_command_of_the_readme_is_there() -> None:
+    from meiosis.cli.main import _COMMANDS
+
+    named = set(re.findall(r"^    meiosis (\w+)", README, re.MULTILINE)) | {"evaluators"}
+    assert named == set(_COMMANDS)
+
+
+def test_the_two_commands_are_the_first_thing() -> None:
+    first = README.split("```")[0].split("\n\n")[1]
+    assert re.findall(r"^    make (\w+)", first, re.MULTILINE) == ["search", "test"]
