@@ -167,9 +167,7 @@ def node_folder() -> Path:
     return folder
 
 
-def warm(
-    files: Iterable[Path], report: Callable[[str], None] | None = None, folder: Path | None = None
-) -> int:
+def warm(files: Iterable[Path], report: Callable[[str], None] | None = None, folder: Path | None = None) -> int:
     """Read files into the page cache, once per node however many workers ask at the same time.
 
     The first caller reads; the others wait for it. More than the node's free memory is not read

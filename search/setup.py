@@ -20,7 +20,8 @@ from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.fingerprint import fingerprint, refuse_non_finite
 from search.objective import Objective, make_objective
-from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, optimizer_named
+from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
+from search.optimizers import optimizer_named
 from search.pool import WorkerPlan
 from search.recipe import ModelRef
 from search.space import Space, SpaceError, make_space

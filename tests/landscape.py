@@ -11,7 +11,7 @@ import numpy as np
 from evaluators.base import ItemPool, Metric, Scores
 from search.config import ObjectivesConfig, SpaceConfig
 from search.objective import make_objective
-from search.optimizer import optimizer_named
+from search.optimizers import optimizer_named
 from search.pool import Failure, Job, Outcome, WorkerPlan
 from search.population import Population
 from search.recipe import ModelRef, Recipe

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from search.errors import UserError
-from search.optimizer import OPTIMIZERS, Problem, Vector, optimizer_named
+from search.optimizer import OPTIMIZERS, Problem, Vector
+from search.optimizers import optimizer_named
 
 REPLAYED = [
     *OPTIMIZERS.names(),

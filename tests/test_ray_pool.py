@@ -44,9 +44,7 @@ def make(ray_session: Session, tmp_path: Path) -> Iterator[Callable[..., RayPool
 
     def make(workers: int = 1, body: str = "worker_bodies:Scripted", **options: Any) -> RayPool:
         threads = options.pop("threads", 1)
-        pools.append(
-            RayPool(plan(tmp_path, threads), workers=workers, body=body, working_folder=tmp_path, **options)
-        )
+        pools.append(RayPool(plan(tmp_path, threads), workers=workers, body=body, working_folder=tmp_path, **options))
         return pools[-1]
 
     yield make
@@ -90,9 +88,7 @@ def test_twenty_jobs_on_three_workers_run_once_each(make: Callable[..., RayPool]
     assert said == ["starting Ray", "worker 1/3 ready", "worker 2/3 ready", "worker 3/3 ready"]
 
 
-def test_one_worker_runs_jobs_in_the_order_of_submission(
-    make: Callable[..., RayPool], tmp_path: Path
-) -> None:
+def test_one_worker_runs_jobs_in_the_order_of_submission(make: Callable[..., RayPool], tmp_path: Path) -> None:
     pool = make()
     order = [5, 3, 9, 1, 7]
     for candidate in order:
@@ -116,9 +112,7 @@ def test_a_worker_killed_in_mid_trial_costs_one_more_start_of_its_job_and_nothin
     assert sorted(starts(tmp_path)) == [0, 0, 1, 2, 3, 4, 5]
 
 
-def test_failures_of_every_kind_stay_with_their_candidate(
-    make: Callable[..., RayPool], tmp_path: Path
-) -> None:
+def test_failures_of_every_kind_stay_with_their_candidate(make: Callable[..., RayPool], tmp_path: Path) -> None:
     said: list[str] = []
     pool = make(2, trial_seconds=3.0, report=said.append)
     scripts: list[tuple[str, dict[str, Any]]] = [
@@ -160,9 +154,7 @@ def test_failures_of_every_kind_stay_with_their_candidate(
     assert sum("is replaced" in line for line in said) == 6
 
 
-def test_a_cancelled_job_brings_no_outcome_and_its_worker_goes_on(
-    make: Callable[..., RayPool], tmp_path: Path
-) -> None:
+def test_a_cancelled_job_brings_no_outcome_and_its_worker_goes_on(make: Callable[..., RayPool], tmp_path: Path) -> None:
     pool = make()
     for candidate in (0, 1, 2):
         pool.submit(job(candidate, "sleep", seconds=0.5))
@@ -463,9 +455,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             (where / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
     script.write_text(DRIVER)
     packages = copy_packages(folder / "packages")
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))}
     done = subprocess.run(
         # -P: like a console script, the driver does not look for modules beside its script.
         [sys.executable, "-P", str(script), str(packages), str(ROOT / "tests"), str(notes)],

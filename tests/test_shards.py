@@ -36,9 +36,7 @@ def model(folder: Path, value: float = 1.0, **shapes: tuple[int, ...]) -> Checkp
     folder.mkdir()
     (folder / "config.json").write_text('{"architectures": ["A"]}')
     shapes = shapes or {"a": (8, 4), "b": (3,)}
-    save_file(
-        {n: np.full(shape, value, np.float32) for n, shape in shapes.items()}, folder / "model.safetensors"
-    )
+    save_file({n: np.full(shape, value, np.float32) for n, shape in shapes.items()}, folder / "model.safetensors")
     return open_checkpoint(folder)
 
 
@@ -153,8 +151,7 @@ def test_of_many_workers_that_start_together_one_reads(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.Queue()
     workers = [
-        context.Process(target=_warm, args=(checkpoint.files, tmp_path / "node", barrier, results))
-        for _ in range(4)
+        context.Process(target=_warm, args=(checkpoint.files, tmp_path / "node", barrier, results)) for _ in range(4)
     ]
     for worker in workers:
         worker.start()

@@ -1,0 +1,308 @@
+"""The body of a worker: the bits of a candidate are its own, and what goes wrong is its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import meiosis, write_config
+from family import DOMAINS, config_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recipes import PARAMETERS, models_of, recipe_of
+
+from evaluators.base import EvaluatorSpec
+from search.checkpoint import CheckpointTensors, hash_tensors, open_checkpoint
+from search.evaluation import Evaluation
+from search.merge.apply import Merger
+from search.pool import Job, Outcome, WorkerPlan
+from search.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def perplexity(family: Path, name: str = "python") -> EvaluatorSpec:
+    data = {pool: str(family / "data" / name / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
+    return EvaluatorSpec(name, "perplexity", {"data": data})
+
+
+def plan_of(family: Path, *evaluators: EvaluatorSpec, dtype: str | None = None) -> WorkerPlan:
+    return WorkerPlan(models_of(family), "base", evaluators, "cpu", dtype, threads=1)
+
+
+def job(recipe: Recipe, candidate: int = 0) -> Job:
+    return Job(candidate, recipe, "search", hash_weights=True)
+
+
+def found(outcome: Outcome) -> tuple[object, ...]:
+    """All of an outcome that the candidate decides."""
+    assert outcome.failure is None, outcome.failure
+    scores = {
+        name: (s.items, s.weights.tobytes(), {metric: v.tobytes() for metric, v in s.values.items()})
+        for name, s in outcome.scores.items()
+    }
+    return outcome.weights_sha256, dict(outcome.metrics), scores
+
+
+def fresh(family: Path, recipe: Recipe, *evaluators: EvaluatorSpec) -> tuple[object, ...]:
+    """The outcome of a recipe on a worker that has seen no other."""
+    return found(Evaluation(plan_of(family, *evaluators)).run(job(recipe)))
+
+
+# The bits of a candidate
+
+
+@pytest.mark.parametrize("operator", PARAMETERS)
+def test_a_candidate_is_the_same_after_others_as_on_a_new_worker(family: Path, operator: str) -> None:
+    body = Evaluation(plan_of(family, perplexity(family)))
+    a, b = recipe_of(family, operator), recipe_of(family, "linear", weight=0.9)
+    first, other, again = (found(body.run(job(recipe, i))) for i, recipe in enumerate([a, b, a]))
+    assert first == again == fresh(family, a, perplexity(family))
+    assert other == fresh(family, b, perplexity(family))
+    assert first[0] != other[0]
+
+
+@pytest.fixture(scope="module")
+def long_lived(family: Path) -> tuple[Evaluation, dict[tuple[str, str | None], tuple[Recipe, str]]]:
+    """A worker, and recipes with the hash of their tensors, computed apart from any live model."""
+    merger = Merger({name: CheckpointTensors(open_checkpoint(family / name)) for name in ("base", *DOMAINS)})
+    recipes = {(o, d): recipe_of(family, o, d) for o in PARAMETERS for d in (None, "float16")}
+    # The live model is float32: a recipe's dtype rounds, and its values are kept in float32.
+    hashes = {
+        key: hash_tensors({name: tensor.float() for name, tensor in merger.merge_tensors(recipe)})
+        for key, recipe in recipes.items()
+    }
+    return Evaluation(plan_of(family)), {key: (recipes[key], hashes[key]) for key in recipes}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_no_sequence_of_candidates_leaves_a_trace_in_the_next(long_lived: Any, data: st.DataObject) -> None:
+    body, known = long_lived
+    for key in data.draw(st.lists(st.sampled_from(list(known)), min_size=1, max_size=6)):
+        recipe, expected = known[key]
+        assert body.run(job(recipe)).weights_sha256 == expected
+
+
+def test_the_hash_covers_the_tensors_and_only_where_it_is_asked_for(family: Path) -> None:
+    body = Evaluation(plan_of(family))
+    recipe = recipe_of(family, "task_arithmetic")
+    assert body.run(Job(0, recipe, "search")).weights_sha256 is None
+    hashes = {body.run(job(recipe_of(family, "task_arithmetic", weight=w))).weights_sha256 for w in (0.4, 0.401)}
+    assert len(hashes) == 2
+
+
+def test_a_parent_is_scored_as_the_parent_itself(family: Path) -> None:
+    parent = Recipe.from_data(
+        {
+            "base": "base",
+            "models": {name: ref.model_dump() for name, ref in models_of(family).items()},
+            "rules": [{"operator": "linear", "sources": {"cpp": {"weight": 1.0}}}],
+        }
+    )
+    outcome = Evaluation(plan_of(family, perplexity(family))).run(job(parent))
+    assert outcome.weights_sha256 == models_of(family)["cpp"].sha256
+
+
+# What goes wrong
+
+
+CHANGES: dict[str, str] = {
+    "writes in place": "[p.add_(1) for p in model.parameters()]",
+    "writes through data": "[p.data.mul_(2) for p in model.parameters()]",
+    "writes one number through data": "model.model.norm.weight.data[3] = 7",
+    "gives parameters other memory": "model.lm_head.weight.data = model.lm_head.weight.data.clone()",
+    "replaces a parameter": "model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)",
+    "replaces a layer": "model.model.layers[0] = copy.deepcopy(model.model.layers[1])",
+    "drops a layer": "del model.model.layers[1]",
+    "rounds to half and back": "model.half(); model.float()",
+}
+
+
+def odd_function(folder: Path, body: str) -> tuple[EvaluatorSpec, Path]:
+    """A `python` evaluator that does `body` while the returned file is there."""
+    flag, path = folder / "flag", folder / "odd.py"
+    path.write_text(
+        "import copy, math, pathlib, sys\nimport torch\n"
+        "def score(model):\n"
+        f"    if pathlib.Path({str(flag)!r}).exists():\n"
+        f"        {body}\n"
+        "    return float(model.training)\n"
+    )
+    return EvaluatorSpec("odd", "python", {"function": f"{path}:score"}), flag
+
+
+def outcomes(
+    family: Path, folder: Path, body: str, prepare: Callable[[Path], None] = Path.touch
+) -> tuple[Outcome, tuple[object, ...], tuple[object, ...]]:
+    """The outcome with a fault, that of the next candidate, and the same on a worker that saw no fault."""
+    odd, flag = odd_function(folder, body)
+    evaluators = (odd, perplexity(family))
+    worker = Evaluation(plan_of(family, *evaluators))
+    recipe = recipe_of(family, "task_arithmetic")
+    before = found(worker.run(job(recipe)))
+    prepare(flag)
+    bad = worker.run(job(recipe, 1))
+    flag.unlink()
+    after = found(worker.run(job(recipe, 2)))
+    assert before == after
+    # The same operator in some groups: what did not change between the two is not merged again.
+    other = recipe_of(family, "task_arithmetic", weight=0.2)
+    assert found(worker.run(job(other, 3))) == fresh(family, other, *evaluators)
+    return bad, after, fresh(family, recipe, *evaluators)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_evaluator_that_changes_the_model_fails_and_the_next_candidate_is_right(
+    change: str, family: Path, tmp_path: Path
+) -> None:
+    bad, after, expected = outcomes(family, tmp_path, CHANGES[change])
+    assert bad.failure is not None
+    assert bad.failure.kind == "error"
+    assert "evaluator 'odd' changed the weights" in bad.failure.message
+    assert not bad.scores
+    assert not bad.metrics
+    assert after == expected
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('no good')", "sys.exit(3)", "raise MemoryError"])
+def test_an_evaluator_that_changes_the_model_and_breaks_off_leaves_no_trace(
+    end: str, family: Path, tmp_path: Path
+) -> None:
+    change = "model.lm_head.weight.data = model.lm_head.weight.data + 1"
+    bad, after, expected = outcomes(family, tmp_path, f"{change}; {end}")
+    assert bad.failure is not None
+    assert bad.failure.kind == ("out_of_memory" if "Memory" in end else "error")
+    assert after == expected
+
+
+def test_an_evaluator_that_raises_is_a_failure_with_its_message_and_traceback(
+    family: Path, tmp_path: Path
+) -> None:
+    bad, after, expected = outcomes(family, tmp_path, "raise ValueError('no good')")
+    assert bad.failure is not None
+    assert bad.failure.kind == "error"
+    assert "odd.py:score raised ValueError: no good" in bad.failure.message
+    assert "\n" not in bad.failure.message
+    assert "Traceback" in bad.failure.detail
+    assert after == expected
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_metric_that_is_not_finite_is_a_failure_that_names_it(
+    value: str, family: Path, tmp_path: Path
+) -> None:
+    bad, after, expected = outcomes(family, tmp_path, f"return float('{value}')")
+    assert bad.failure is not None
+    assert bad.failure.kind == "not_finite"
+    assert bad.failure.message == f"odd.score is {value}"
+    assert not bad.scores
+    assert not bad.metrics
+    assert after == expected
+
+
+def test_weights_that_overflow_are_a_failure_not_finite(family: Path) -> None:
+    huge = recipe_of(family, "task_arithmetic", weight=1e38)
+    body = Evaluation(plan_of(family, perplexity(family)))
+    outcome = body.run(job(huge))
+    assert outcome.failure is not None
+    assert outcome.failure.kind == "not_finite"
+    good = recipe_of(family, "task_arithmetic")
+    assert found(body.run(job(good))) == fresh(family, good, perplexity(family))
+
+
+def test_an_evaluator_that_leaves_the_model_in_training_mode_does_not_reach_the_next_one(
+    family: Path, tmp_path: Path
+) -> None:
+    odd, flag = odd_function(tmp_path, "model.train()")
+    flag.touch()
+    (tmp_path / "look.py").write_text("def score(model):\n    return float(model.training)\n")
+    look = EvaluatorSpec("look", "python", {"function": f"{tmp_path / 'look.py'}:score"})
+    body = Evaluation(plan_of(family, look, odd))
+    for candidate in range(2):
+        outcome = body.run(job(recipe_of(family, "linear"), candidate))
+        assert outcome.metrics["look.score"] == 0.0
+    body = Evaluation(plan_of(family, odd, look))
+    assert body.run(job(recipe_of(family, "linear"))).metrics["look.score"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["TooFew", "Twice", "Nothing"])
+def test_scores_of_other_items_than_asked_for_are_a_failure(name: str, family: Path) -> None:
+    odd = EvaluatorSpec("odd", f"odd_evaluators:{name}")
+    body = Evaluation(plan_of(family, odd))
+    outcome = body.run(job(recipe_of(family, "linear")))
+    assert outcome.failure is not None
+    assert outcome.failure.kind == "error"
+    assert "evaluator 'odd' scored" in outcome.failure.message
+    assert "4 were asked for" in outcome.failure.message
+
+
+def test_scores_in_chunks_and_another_order_are_joined(family: Path) -> None:
+    body = Evaluation(plan_of(family, EvaluatorSpec("odd", "odd_evaluators:Whole")))
+    outcome = body.run(job(recipe_of(family, "linear")))
+    assert outcome.metrics == {"odd.one": 1.0}
+    assert sorted(outcome.scores["odd"].items) == [f"search-{i}" for i in range(4)]
+
+
+def test_a_recipe_that_does_not_fit_is_the_failure_of_its_candidate(family: Path) -> None:
+    body = Evaluation(plan_of(family, perplexity(family)))
+    good = recipe_of(family, "linear")
+    bad = good.model_copy(update={"rules": (good.rules[0].model_copy(update={"tensors": ("lm_head*",)}),)})
+    outcome = body.run(job(bad))
+    assert outcome.failure is not None
+    assert "no rule of the recipe matches" in outcome.failure.message
+    assert found(body.run(job(good))) == fresh(family, good, perplexity(family))
+
+
+# In a search
+
+
+def test_a_search_goes_on_over_failures_and_records_them(family: Path, tmp_path: Path) -> None:
+    """Every second merge fails, in one of three ways; the parents do not."""
+    from safetensors.torch import load_file
+
+    sums = [
+        float(load_file(family / name / "model.safetensors")["lm_head.weight"].double().sum())
+        for name in ("base", *DOMAINS)
+    ]
+    path = tmp_path / "moody.py"
+    path.write_text(
+        "import hashlib\n"
+        "def score(model):\n"
+        "    total = float(model.lm_head.weight.double().sum())\n"
+        f"    if total in {sums!r}:\n        return 0.0\n"
+        "    mood = hashlib.sha256(repr(total).encode()).digest()[0] % 6\n"
+        "    if mood == 0:\n        return float('nan')\n"
+        "    if mood == 1:\n        raise ValueError('not in the mood')\n"
+        "    if mood == 2:\n        model.lm_head.weight.data.zero_()\n"
+        "    return float(mood)\n"
+    )
+    config = config_of(family, tmp_path / "runs")
+    config["evaluators"] = {
+        "moody": {"use": "python", "function": f"{path}:score"},
+        "python": config["evaluators"]["python"],
+    }
+    config["objectives"] = ["python.nll"]
+    config["search"] |= {"budget": 30, "baselines": []}
+    file = write_config(config, tmp_path)
+    ended = meiosis("search", file, "--run", "moody")
+    assert ended.status == 0, ended.err
+    status = meiosis("status", tmp_path / "runs" / "moody", "--json").json
+    assert status["state"] == "finished"
+    assert status["done"] == 30
+    messages = " ".join(status["failures"])
+    for text in ("not_finite: moody.score is nan", "ValueError: not in the mood", "'moody' changed the weights"):
+        assert text in messages
+    shown = meiosis("status", tmp_path / "runs" / "moody").out
+    assert "not in the mood" in shown
+    again = meiosis("search", file, "--run", "again")
+    assert again.out.replace("again", "moody") == ended.out
