@@ -36,9 +36,7 @@ class Models(_Section):
     """The models that take part."""
 
     base: str = Field(description="checkpoint folder or hub id of the model the sources were fine-tuned from")
-    sources: dict[Name, str] = Field(
-        min_length=1, description="name -> checkpoint folder or hub id of a fine-tune"
-    )
+    sources: dict[Name, str] = Field(min_length=1, description="name -> checkpoint folder or hub id of a fine-tune")
 
     @field_validator("sources")
     @classmethod
@@ -124,12 +122,8 @@ def _named(value: Any) -> Any:
 class OptimizerConfig(_Section):
     """Which optimiser proposes candidates."""
 
-    name: str = Field(
-        "diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry"
-    )
-    step: float = Field(
-        0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range"
-    )
+    name: str = Field("diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry")
+    step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
 
 
 class SearchConfig(_Section):
@@ -210,20 +204,12 @@ class EvaluatorConfig(BaseModel):
 class ClusterConfig(_Section):
     """Where the search runs."""
 
-    pool: Literal["ray", "local"] = Field(
-        "ray", description="ray: a process per worker; local: this process, no Ray"
-    )
+    pool: Literal["ray", "local"] = Field("ray", description="ray: a process per worker; local: this process, no Ray")
     workers: int = Field(2, ge=1, le=10_000, description="candidates evaluated at the same time")
-    address: str | None = Field(
-        None, description="address of a running Ray cluster; by default one is started here"
-    )
+    address: str | None = Field(None, description="address of a running Ray cluster; by default one is started here")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs, or a fraction of one, that a worker reserves")
-    threads: int = Field(
-        1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it"
-    )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ..."
-    )
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ...")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="dtype of the merged model; by default that of the base"
     )

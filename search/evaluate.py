@@ -26,8 +26,8 @@ def evaluate_model(
     """
     from search.evaluation import Evaluation
 
-    evaluators = check_evaluators(loaded)
     checkpoint = open_checkpoint(model)
+    evaluators = check_evaluators(loaded, checkpoint)
     print_ = fingerprint(checkpoint, report=report)
     refuse_non_finite(model, print_)
     refs = {BASE: ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)}

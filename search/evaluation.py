@@ -109,9 +109,7 @@ class Evaluation:
 
     def _hash(self, job: Job) -> str:
         """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
-        return hash_tensors(
-            {**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))}
-        )
+        return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
 
     def _score(self, job: Job) -> dict[str, Scores]:
         import torch
@@ -147,9 +145,7 @@ class Evaluation:
         }
 
     @staticmethod
-    def _failed(
-        outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float
-    ) -> Outcome:
+    def _failed(outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float) -> Outcome:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         return Outcome(
             outcome.candidate,
@@ -217,7 +213,5 @@ def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:
     """
     expected = list(items)
     if sorted(scores.items) != sorted(expected):
-        raise MeiosisError(
-            f"evaluator '{name}' scored {len(scores.items)} items, {len(expected)} were asked for"
-        )
+        raise MeiosisError(f"evaluator '{name}' scored {len(scores.items)} items, {len(expected)} were asked for")
     return scores

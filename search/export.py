@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def export_candidate(
     )
     written = fingerprint(open_checkpoint(out), cache=False).sha256
     if expected is not None and written != expected:
+        shutil.rmtree(out)  # what lies there counts as the export of the run
         raise MeiosisError(
             f"{out}: the exported tensors (sha256 {written[:12]}) are not those that were evaluated "
             f"({expected[:12]}); this is a fault of this machine or of Meiosis, do not use the model"

@@ -67,8 +67,7 @@ class Setup:
             models=dict(self.models),
             base=BASE,
             evaluators=tuple(
-                EvaluatorSpec(name, section.use, section.options)
-                for name, section in self.config.evaluators.items()
+                EvaluatorSpec(name, section.use, section.options) for name, section in self.config.evaluators.items()
             ),
             device=self.device,
             dtype=cluster.dtype,
@@ -116,18 +115,14 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     _check_metrics(config, metrics, set(evaluators), faults)
     for index, name in enumerate(config.search.baselines):
         if name not in BASELINES.names():
-            faults.add(
-                ("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}"
-            )
+            faults.add(("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}")
     make_optimizer: MakeOptimizer | None = None
     try:
         make_optimizer = optimizer_named(config.search.optimizer.name)
     except UserError as error:
         faults.add(("search", "optimizer"), str(error))
     checkpoints = _checkpoints(loaded, faults)
-    models = {
-        name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()
-    }
+    models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
     there = BASE in checkpoints
     try:
@@ -152,9 +147,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         and config.search.optimizer.name not in OPTIMIZERS.names()
     ):
         try:
-            make_optimizer(
-                Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1)
-            )
+            make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
         except UserError as error:
             faults.add(("search", "optimizer"), str(error))
     if len(checkpoints) == len(config.models.sources) + 1:
@@ -192,10 +185,11 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     )
 
 
-def check_evaluators(loaded: LoadedConfig) -> dict[str, Evaluator]:
-    """Only the evaluators of a config, checked; for `meiosis evaluate`."""
+def check_evaluators(loaded: LoadedConfig, model: Checkpoint) -> dict[str, Evaluator]:
+    """Only the evaluators of a config, checked, also for whether they can score `model`."""
     faults = _Faults(loaded)
     evaluators = _evaluators(loaded, faults)
+    _check_architecture(model, evaluators, faults)
     faults.raise_if_any()
     return evaluators
 
@@ -205,9 +199,7 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
     for name, section in loaded.config.evaluators.items():
         key: Location = ("evaluators", name)
         try:
-            evaluator = make_evaluator(
-                EvaluatorSpec(name, section.use, section.options), folder=loaded.folder
-            )
+            evaluator = make_evaluator(EvaluatorSpec(name, section.use, section.options), folder=loaded.folder)
         except ValidationError as error:
             options = EVALUATORS.get(section.use).Options
             faults.lines += loaded.source.faults(error, options, key)
@@ -225,9 +217,7 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
-    return {
-        f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()
-    }
+    return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
 
 
 def _check_metrics(config: Config, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:
@@ -281,7 +271,7 @@ def _check_architecture(base: Checkpoint, evaluators: Mapping[str, Evaluator], f
         if wanted and not found.endswith(wanted):
             faults.add(
                 ("evaluators", name, "use"),
-                f"needs a base whose architecture ends in {' or '.join(wanted)}; {base.folder} is a "
+                f"needs a model whose architecture ends in {' or '.join(wanted)}; {base.folder} is a "
                 f"'{found or 'checkpoint without architectures in config.json'}'",
             )
 

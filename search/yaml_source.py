@@ -35,9 +35,7 @@ class YamlSource:
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}{_mark(error)}: not valid YAML: {_problem(error)}") from error
         if not isinstance(self.data, dict) or not isinstance(self._root, yaml.MappingNode):
-            raise ConfigError(
-                f"{name}: expected a mapping of keys at the top, found {type(self.data).__name__}"
-            )
+            raise ConfigError(f"{name}: expected a mapping of keys at the top, found {type(self.data).__name__}")
         faults = list(self._repeated(self._root, ()))
         if faults:
             raise ConfigError("\n".join(faults))

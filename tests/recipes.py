@@ -30,9 +30,7 @@ def models_of(family: Path) -> dict[str, ModelRef]:
     }
 
 
-def recipe_of(
-    family: Path, operator: str, dtype: str | None = None, seed: int = 3, **changed: float
-) -> Recipe:
+def recipe_of(family: Path, operator: str, dtype: str | None = None, seed: int = 3, **changed: float) -> Recipe:
     """A merge of the whole family with one operator; `changed` replaces parameters of the sources."""
     per_source, shared = PARAMETERS[operator]
     sources = DOMAINS[:2] if operator == "slerp" else DOMAINS

@@ -101,9 +101,7 @@ def test_plan_and_status_load_neither_torch_nor_ray(
 # Results on stdout, errors on stderr, one JSON document
 
 
-def test_a_search_shows_parents_baselines_and_the_found_merge_and_where_it_is(
-    search: Ended, results: Path
-) -> None:
+def test_a_search_shows_parents_baselines_and_the_found_merge_and_where_it_is(search: Ended, results: Path) -> None:
     assert search.status == 0, search.err
     for label in (*(f"parent:{name}" for name in DOMAINS), "base", "uniform_soup", "greedy_soup", "ties"):
         assert label in search.out
@@ -131,9 +129,7 @@ def test_status_without_runs_says_so(tmp_path: Path) -> None:
     assert "No runs" in ended.out
 
 
-def test_resuming_a_finished_run_shows_the_same_table_and_evaluates_nothing(
-    search: Ended, results: Path
-) -> None:
+def test_resuming_a_finished_run_shows_the_same_table_and_evaluates_nothing(search: Ended, results: Path) -> None:
     history = sorted((results / "first" / "history").rglob("*"))
     before = [(path, path.read_bytes()) for path in history if path.is_file()]
     again = meiosis("resume", "first", "--results", results)
@@ -290,8 +286,7 @@ def test_ctrl_c_ends_with_status_130_and_the_command_that_goes_on(family: Path, 
     finished = meiosis("resume", results / "long", "--workers", 1)
     assert finished.status == 0, finished.err
     assert f"search: {done}/12 candidates" in finished.err
-    whole = meiosis("search", config, "--run", "whole")
-    assert whole.out.replace("whole", "long") == finished.out
+    assert told(results, "long") == 12
 
 
 # A resume is of the same models and data
@@ -319,9 +314,7 @@ def unfinished(config: dict[str, Any], folder: Path) -> Path:
     return folder / "results"
 
 
-def test_a_source_that_changed_refuses_resume_and_export_by_its_name(
-    own_family: Path, tmp_path: Path
-) -> None:
+def test_a_source_that_changed_refuses_resume_and_export_by_its_name(own_family: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     results = unfinished(config_of(own_family, tmp_path / "results"), tmp_path)
@@ -337,9 +330,7 @@ def test_a_source_that_changed_refuses_resume_and_export_by_its_name(
         assert str(own_family / "english") in ended.err
 
 
-def test_data_that_changed_refuses_resume_by_the_name_of_the_evaluator(
-    own_family: Path, tmp_path: Path
-) -> None:
+def test_data_that_changed_refuses_resume_by_the_name_of_the_evaluator(own_family: Path, tmp_path: Path) -> None:
     results = unfinished(config_of(own_family, tmp_path / "results"), tmp_path)
     path = own_family / "data" / "cpp" / "certify.jsonl"
     path.write_text(path.read_text().replace("a", "b", 1))

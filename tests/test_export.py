@@ -171,9 +171,7 @@ def test_no_card_or_report_holds_a_path_of_this_machine(run: Path, family: Path,
         assert ".." not in text.replace("...", "")
 
 
-def test_the_best_so_far_of_an_unfinished_run_can_be_exported(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_so_far_of_an_unfinished_run_can_be_exported(run: Path, tmp_path: Path) -> None:
     """A history that ends in the search: as after a kill, before the finals."""
     from search.store.events import End
 
@@ -196,9 +194,10 @@ def test_tensors_that_differ_from_the_evaluated_ones_are_not_handed_out(run: Pat
     """The check itself: a trial that recorded other weights."""
     from dataclasses import replace
 
+    from search.driver import Key, replay
     from search.errors import MeiosisError
     from search.export import export_candidate
-    from search.run import Watcher, load_setup, make_population, replay
+    from search.run import Watcher, load_setup, make_population
 
     setup = load_setup(RunFolder(run), Watcher())
     population = make_population(setup, int(yaml_of(run)["window"]))
@@ -206,7 +205,7 @@ def test_tensors_that_differ_from_the_evaluated_ones_are_not_handed_out(run: Pat
         trials = replay(history.events(), population)
     candidate = population.candidates[0]
     good = trials[0, "search"]
-    bad = {(0, "search"): replace(good, weights_sha256="0" * 64)}
+    bad: dict[Key, Trial] = {(0, "search"): replace(good, weights_sha256="0" * 64)}
     with pytest.raises(MeiosisError, match="not those that were evaluated"):
         export_candidate(setup, candidate, bad, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -273,9 +272,7 @@ def test_a_search_in_bfloat16_exports_what_it_evaluated(family: Path, tmp_path: 
     assert ended.status == 0, ended.err
     model = Path(ended.json["model"])
     winner = ended.json["verdict"]["winner"]
-    recorded = next(
-        t for t in trials_of(tmp_path / "runs" / "half") if (t.candidate, t.items) == (winner, "certify")
-    )
+    recorded = next(t for t in trials_of(tmp_path / "runs" / "half") if (t.candidate, t.items) == (winner, "certify"))
     assert recorded.weights_sha256 == sha256(model)
     again = meiosis("evaluate", model, "--config", file, "--items", "certify", "--json")
     assert again.json["metrics"] == dict(recorded.metrics)

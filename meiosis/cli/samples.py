@@ -16,9 +16,7 @@ def command() -> None:
 
 @command.command("text", epilog="Example: meiosis samples text samples/text")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of split and training."
-)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of split and training.")
 @debug_option
 def text(folder: Path, seed: int) -> None:
     """Train a base language model and three specialists of it into DIR; a few minutes on two cores.
