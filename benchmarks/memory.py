@@ -33,7 +33,8 @@ from typing import Any
 from cluster.local_ray import open_session
 from cluster.pool import RayPool
 from evaluators.base import EvaluatorSpec
-from search.checkpoint import fingerprint, open_checkpoint
+from search.checkpoints.fingerprint import fingerprint
+from search.checkpoints.reading import open_checkpoint
 from search.local_pool import DEFAULT_BODY
 from search.pool import Job, Outcome, WorkerPlan
 from search.recipe import ModelRef, Recipe

@@ -36,9 +36,7 @@ def seconds(work: Callable[[int], object], device: str, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--million", type=int, default=16, help="parameters of the model, in millions")
     parser.add_argument("--sources", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
@@ -66,9 +64,7 @@ def main() -> None:
 
         def recipe(number: int, name: str = name, count: int = count) -> Recipe:
             operator = OPERATORS.get(name)
-            values = {
-                p.name: p.search[2] + 0.01 * number for p in operator.parameters if p.search is not None
-            }
+            values = {p.name: p.search[2] + 0.01 * number for p in operator.parameters if p.search is not None}
             scope = {p.name: p.scope for p in operator.parameters}
             own = {key: value for key, value in values.items() if scope[key] == "source"}
             return Recipe.from_data(

@@ -90,16 +90,12 @@ def markdown(rows: list[dict[str, Any]], command: str, proven: dict[int, bool]) 
         )
     lines.append("")
     for seed, yes in proven.items():
-        lines.append(
-            f"Seed {seed}: the found merge {'beats' if yes else 'does not beat'} every row at p < 0.01."
-        )
+        lines.append(f"Seed {seed}: the found merge {'beats' if yes else 'does not beat'} every row at p < 0.01.")
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, default=ROOT / "samples" / "text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", action="store_true", help="train a family for every seed")

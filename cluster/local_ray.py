@@ -79,9 +79,7 @@ class Session:
 _session: Session | None = None
 
 
-def open_session(
-    address: str | None, *, cpus: int = 1, with_gpus: bool = False, log: Path | None = None
-) -> Session:
+def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False, log: Path | None = None) -> Session:
     """Ray for this process: what it has already, or that at `address`, or a new one on this machine.
 
     Args:
@@ -96,14 +94,10 @@ def open_session(
     """
     global _session  # noqa: PLW0603 - Ray is one per process as well
     if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
-        raise UserError(
-            f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'"
-        )
+        raise UserError(f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'")
     if _session is not None:
         if address is not None and address != _session.address:
-            raise WorkerError(
-                f"this process uses Ray at {_session.address} already; close it before joining {address}"
-            )
+            raise WorkerError(f"this process uses Ray at {_session.address} already; close it before joining {address}")
         _session._users += 1
         return _session
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

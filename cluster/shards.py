@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.byte_progress import ByteProgress
-from search.checkpoint import Checkpoint, Fingerprint, fingerprint, open_checkpoint
+from search.checkpoints.byte_progress import ByteProgress
+from search.checkpoints.fingerprint import Fingerprint, fingerprint
+from search.checkpoints.header import header_sha256
+from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.errors import CheckpointError, WorkerError
 from search.recipe import ModelRef
-from search.safetensors_header import header_sha256
 
 MADV_POPULATE_READ = 22
 """Reads the pages of a mapping now, with large reads (Linux 5.14); Python has no name for it yet."""
@@ -52,7 +53,7 @@ class ShardRef:
 
     Attributes:
         folder: absolute path, the same on every node.
-        sha256: content hash of the tensors, see `search.fingerprint`.
+        sha256: content hash of the tensors, see `search.checkpoints.fingerprint`.
     """
 
     folder: str
@@ -63,7 +64,7 @@ class ShardRef:
 def shard_refs(models: Mapping[str, ModelRef]) -> dict[str, ShardRef]:
     """References to the models of a plan, as they are on the disk of the driver now.
 
-    Costs no pass over bytes that were hashed before (see `search.fingerprint_cache`).
+    Costs no pass over bytes that were hashed before (see `search.checkpoints.fingerprint_cache`).
 
     Raises:
         CheckpointError: a model is missing or damaged, or is not the one that was hashed for the plan.
@@ -101,7 +102,7 @@ def attach(refs: Mapping[str, ShardRef]) -> dict[str, Checkpoint]:
     """The checkpoints on this node, after checking that they are those that the driver saw.
 
     Size and header must be equal. A file with another modification time may be a copy, so its whole
-    content is hashed (once per node, see `search.fingerprint_cache`).
+    content is hashed (once per node, see `search.checkpoints.fingerprint_cache`).
 
     Raises:
         WorkerError: a file is missing, damaged or different on this node.

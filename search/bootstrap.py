@@ -68,7 +68,8 @@ class Bootstrap:
                 count = min(_CHUNK, resamples - start)
                 drawn = _draw(documents, count, generator)
                 for candidate, by_evaluator in scores.items():
-                    resampled = _metrics(evaluators[name], _sorted(by_evaluator[name]), drawn)
+                    wanted = [term.metric.partition(".")[2] for term in terms]
+                    resampled = _metrics(evaluators[name], wanted, _sorted(by_evaluator[name]), drawn)
                     for term in terms:
                         loss = np.array([term.loss(v) for v in resampled[term.metric.partition(".")[2]]])
                         self._values[candidate][start : start + count] += term.weight * loss / total
@@ -112,17 +113,20 @@ def _draw(documents: Sequence[str], count: int, generator: np.random.Generator) 
     return generator.multinomial(len(names), share, size=count).astype(np.float64)[:, of_item]
 
 
-def _metrics(evaluator: Evaluator, scores: Scores, drawn: Draws) -> dict[str, NDArray[np.float64]]:
+def _metrics(
+    evaluator: Evaluator, wanted: Sequence[str], scores: Scores, drawn: Draws
+) -> dict[str, NDArray[np.float64]]:
     """Metric -> (count,) values on the resampled items."""
-    found: dict[str, NDArray[np.float64]] = {}
     weights = drawn @ scores.weights
-    for name, metric in evaluator.metrics.items():
-        if metric.per_item:
-            found[name] = (drawn @ (scores.values[name] * scores.weights)) / weights
-    if len(found) < len(evaluator.metrics):
+    found = {
+        name: (drawn @ (scores.values[name] * scores.weights)) / weights
+        for name in wanted
+        if evaluator.metrics[name].per_item
+    }
+    derived = [name for name in wanted if name not in found]
+    if derived:
         rows = [evaluator.aggregate(_weighted(scores, row)) for row in drawn]
-        for name in evaluator.metrics:
-            found.setdefault(name, np.array([row[name] for row in rows]))
+        found |= {name: np.array([row[name] for row in rows]) for name in derived}
     return found
 
 

@@ -198,11 +198,7 @@ class Driver:
         best = self._progress.best
         origin = self.population.candidates[trial.candidate].origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
-        if (
-            trial.loss is not None
-            and trial.feasible
-            and (best is None or best.loss is None or trial.loss < best.loss)
-        ):
+        if trial.loss is not None and trial.feasible and (best is None or best.loss is None or trial.loss < best.loss):
             self._progress = replace(self._progress, best=trial, best_origin=origin)
 
     def _count(self, done: int) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from evaluators.base import EvaluatorSpec, ItemPool
 from search.baseline import soup_rule
-from search.checkpoint import open_checkpoint
+from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
+from search.checkpoints.reading import open_checkpoint
 from search.config import LoadedConfig
 from search.errors import MeiosisError
-from search.fingerprint import fingerprint, refuse_non_finite
 from search.pool import Job, WorkerPlan
 from search.recipe import ModelRef, Recipe
 from search.setup import BASE, check_evaluators

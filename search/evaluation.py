@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
-from search.checkpoint import CheckpointTensors, open_checkpoint
+from search.checkpoints.fingerprint import hash_tensors
+from search.checkpoints.reading import CheckpointTensors, open_checkpoint
 from search.errors import MeiosisError
-from search.fingerprint import hash_tensors
 from search.merge.apply import Merger
 from search.merge.live import build_live_model
 from search.merge.writing import version_of
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.seeds import derive_seed, seeded
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ class Evaluation:
         import torch
 
         torch.set_num_threads(plan.threads)
+        self._seed = plan.seed
         self.name = f"{platform.node()}/{os.getpid()}"
         device = resolve_device(plan.device)
         base = plan.models[plan.base]
@@ -124,7 +126,10 @@ class Evaluation:
             with torch.no_grad():
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
-                    found[name] = _complete(name, Scores.join(list(evaluator.evaluate(model, items))), items)
+                    # The same draws for every candidate: they are compared with each other.
+                    with seeded(derive_seed(self._seed, "evaluator", name)):
+                        scores = Scores.join(list(evaluator.evaluate(model, items)))
+                    found[name] = _complete(name, scores, items)
                     model.eval()
                     self._changed = model_state(model) != state
                     if self._changed:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evaluators.base import ITEM_POOLS, ItemPool
-from search.checkpoint import Checkpoint, CheckpointTensors, open_checkpoint
-from search.checkpoint_writer import write_checkpoint
-from search.compatibility import check_compatible
+from search.checkpoints.compatibility import check_compatible
+from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
+from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
+from search.checkpoints.writing import write_checkpoint
 from search.errors import CheckpointError, MeiosisError, RecipeError
 from search.finals import Verdict
-from search.fingerprint import fingerprint, refuse_non_finite
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
 from search.model_card import model_card
@@ -86,11 +86,16 @@ def export_candidate(
     expected = next(
         (t.weights_sha256 for (id_, _), t in trials.items() if id_ == candidate.id and t.weights_sha256), None
     )
-    written = fingerprint(open_checkpoint(out), cache=False).sha256
-    if expected is not None and written != expected:
+    written = fingerprint(open_checkpoint(out), cache=False)
+    try:
+        refuse_non_finite(f"candidate {candidate.id}", written)
+    except CheckpointError:
+        shutil.rmtree(out)
+        raise
+    if expected is not None and written.sha256 != expected:
         shutil.rmtree(out)  # what lies there counts as the export of the run
         raise MeiosisError(
-            f"{out}: the exported tensors (sha256 {written[:12]}) are not those that were evaluated "
+            f"{out}: the exported tensors (sha256 {written.sha256[:12]}) are not those that were evaluated "
             f"({expected[:12]}); this is a fault of this machine or of Meiosis, do not use the model"
         )
     return out

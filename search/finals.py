@@ -87,7 +87,7 @@ class Verdict:
         return f"The found merge beats every parent and every baseline (paired bootstrap, Holm, p < {SIGNIFICANCE:g})."
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+        return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Verdict:
@@ -126,11 +126,7 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
 def _finalists(driver: Driver, count: int) -> list[Candidate]:
     """The best searched candidates on the search items, each recipe once."""
     ranked = sorted(
-        (
-            c
-            for c in driver.population.candidates
-            if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible
-        ),
+        (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
         key=lambda c: (driver.trials[c.id, "search"].loss, c.id),
     )
     distinct = {c.recipe.hash: c for c in reversed(ranked)}
@@ -147,9 +143,7 @@ def _best(driver: Driver, candidates: list[Candidate], trials: Mapping[int, Tria
     return min(feasible, key=lambda c: (_loss(driver, trials[c.id]), c.id), default=None)
 
 
-def _one_per_family(
-    driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]
-) -> list[Candidate]:
+def _one_per_family(driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]) -> list[Candidate]:
     """Parents one by one; of a baseline with several settings the best on the select items."""
     families: dict[str, Candidate] = {}
     for candidate in baselines:
@@ -171,9 +165,7 @@ def _verdict(
 ) -> Verdict:
     objective = driver.population.objective
     if certified[winner.id].failure_kind:
-        raise RunError(
-            f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}"
-        )
+        raise RunError(f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}")
     usable = [c for c in rivals if usable_metrics(certified[c.id]) is not None]
     shown = [*usable, winner]
     bootstrap = Bootstrap(objective, evaluators, {c.id: certified[c.id].scores for c in shown}, seed)
@@ -190,11 +182,7 @@ def _verdict(
             rows.append(Row(label, c.id, value[c.id], low, high, metrics))
         else:
             d = compared[c.id]
-            rows.append(
-                Row(
-                    label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]
-                )
-            )
+            rows.append(Row(label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]))
     return Verdict(
         winner=winner.id,
         label=_label(winner),

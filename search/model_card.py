@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from search.checkpoint import Checkpoint
+from search.checkpoints.reading import Checkpoint
 from search.finals import Verdict
 from search.population import Candidate
 from search.recipe import Recipe
@@ -59,7 +59,7 @@ def model_card(
 
 def markdown_table(verdict: Verdict) -> str:
     """The certify table of a verdict in Markdown."""
-    metrics = sorted(verdict.rows[-1].metrics)
+    metrics = list(verdict.rows[-1].metrics)
     head = ["model", "objective", "95 % interval", *metrics, "winner minus this", "p (Holm)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in verdict.rows:

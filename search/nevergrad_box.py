@@ -152,9 +152,7 @@ def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
         except UserError:
             raise
         except Exception as error:  # 540 entries fail in as many ways
-            raise refuse(
-                f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}"
-            ) from error
+            raise refuse(f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}") from error
         return box
 
     return make

@@ -134,9 +134,7 @@ class Population:
         self._labels[proposal.label] = id_
         if proposal.weights is not None:
             self._weights[id_] = proposal.weights
-        return self._add(
-            Candidate(id_, proposal.label, self._space.recipe((proposal.rule,)), step=proposal.step)
-        )
+        return self._add(Candidate(id_, proposal.label, self._space.recipe((proposal.rule,)), step=proposal.step))
 
     def _add(self, candidate: Candidate) -> Candidate:
         self._candidates.append(candidate)
@@ -157,9 +155,7 @@ class Population:
 
     def _parent_ids(self) -> list[int]:
         return [
-            self._labels[label]
-            for source in self._space.sources
-            if (label := parent_label(source)) in self._labels
+            self._labels[label] for source in self._space.sources if (label := parent_label(source)) in self._labels
         ]
 
     def _parents_are_known(self) -> bool:
@@ -170,8 +166,4 @@ class Population:
         id_ = self._labels.get(label)
         if id_ is None or id_ not in self._metrics or not self._parents_are_known():
             return None
-        return (
-            self.objective.judge(self._metrics[id_]).loss
-            if not self.objective.needs_parents
-            else float("inf")
-        )
+        return self.objective.judge(self._metrics[id_]).loss if not self.objective.needs_parents else float("inf")

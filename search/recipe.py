@@ -36,9 +36,7 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tensors: tuple[str, ...] = Field(
-        ("*",), min_length=1, description="tensor names; `*` and `?` are wild cards"
-    )
+    tensors: tuple[str, ...] = Field(("*",), min_length=1, description="tensor names; `*` and `?` are wild cards")
     operator: str = Field(description="a name from `meiosis operators`")
     sources: dict[str, dict[str, Value]] = Field(
         min_length=1, description="model name -> parameters of that model, in the operator's order of inputs"
@@ -55,9 +53,7 @@ class Recipe(BaseModel):
     base: str | None = Field(None, description="name of the model that task vectors start from")
     models: dict[str, ModelRef] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
-    dtype: str | None = Field(
-        None, description="dtype of the output; by default each tensor keeps that of the donor"
-    )
+    dtype: str | None = Field(None, description="dtype of the output; by default each tensor keeps that of the donor")
     seed: int = Field(0, ge=0, description="seed of operators that draw masks")
 
     @property
@@ -97,9 +93,7 @@ class Recipe(BaseModel):
             if name in exact:
                 matches.append(exact[name])
             if not matches:
-                raise RecipeError(
-                    f"no rule of the recipe matches tensor '{name}'; end with a rule for tensors ['*']"
-                )
+                raise RecipeError(f"no rule of the recipe matches tensor '{name}'; end with a rule for tensors ['*']")
             assigned[name] = self.rules[min(matches)]
         missing = sorted(set(exact) - set(names))
         if missing:

@@ -11,9 +11,7 @@ from search.store.run_folder import RunFolder
 
 def write_report(folder: RunFolder, setup: Setup, verdict: Verdict) -> None:
     """Write `report.md` into the run folder."""
-    objectives = ", ".join(
-        f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms
-    )
+    objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     lines = [
         f"# Run {folder.name}",
         "",

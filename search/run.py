@@ -101,9 +101,7 @@ def load_setup(folder: RunFolder, watcher: Watcher, changes: Mapping[str, Any] |
     """The setup of a run from its folder, with sources and data verified by hash."""
     manifest = folder.manifest()
     if manifest.get("format") != FORMAT:
-        raise RunError(
-            f"{folder.path / 'run.yaml'}: format {manifest.get('format')!r}, this Meiosis reads {FORMAT}"
-        )
+        raise RunError(f"{folder.path / 'run.yaml'}: format {manifest.get('format')!r}, this Meiosis reads {FORMAT}")
     config = dict(manifest["config"])
     config["cluster"] = {**config["cluster"], **(changes or {})}
     import yaml
@@ -163,9 +161,7 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
             model = folder.best
             if not model.exists():
                 watcher.line("exporting the winner")
-                export_candidate(
-                    setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended
-                )
+                export_candidate(setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended)
             write_report(folder, setup, ended)
         except KeyboardInterrupt:
             done = sum(1 for _, items in driver.trials if items == "search")

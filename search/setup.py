@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
 from evaluators.registry import EVALUATORS, make_evaluator
 from search.baseline import BASELINES
-from search.checkpoint import Checkpoint, check_compatible, open_checkpoint
+from search.checkpoints.compatibility import check_compatible
+from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
+from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
-from search.fingerprint import fingerprint, refuse_non_finite
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named

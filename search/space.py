@@ -58,14 +58,10 @@ class Space:
         values = iter([gene.value(x) for gene, x in zip(self.genes, genome.coordinates, strict=True)])
         operator = OPERATORS.get(self.operator)
         fixed_source = {
-            p.name: self.fixed[p.name]
-            for p in operator.parameters
-            if p.scope == "source" and p.name in self.fixed
+            p.name: self.fixed[p.name] for p in operator.parameters if p.scope == "source" and p.name in self.fixed
         }
         fixed_shared = {
-            p.name: self.fixed[p.name]
-            for p in operator.parameters
-            if p.scope == "shared" and p.name in self.fixed
+            p.name: self.fixed[p.name] for p in operator.parameters if p.scope == "shared" and p.name in self.fixed
         }
         rules = []
         for group in self.groups:
@@ -78,9 +74,7 @@ class Space:
                 else:
                     for source in self.sources:
                         sources[source][parameter.name] = next(values)
-            rules.append(
-                Rule(tensors=group.tensors, operator=self.operator, sources=sources, parameters=shared)
-            )
+            rules.append(Rule(tensors=group.tensors, operator=self.operator, sources=sources, parameters=shared))
         return self.recipe(tuple(rules))
 
     def recipe(self, rules: tuple[Rule, ...]) -> Recipe:
@@ -154,9 +148,7 @@ def make_space(
             low, high, initial = parameter.search
             ranges[parameter.name] = GeneRange(low=low, high=high, initial=initial)
     if not ranges:
-        raise SpaceError(
-            ("parameters",), f"nothing to search: every parameter of '{config.operator}' is fixed"
-        )
+        raise SpaceError(("parameters",), f"nothing to search: every parameter of '{config.operator}' is fixed")
     groups = group_tensors(tensors, config.layers_per_group, config.split, config.patterns)
     unused = [name for name in config.patterns if name not in {group.name for group in groups}]
     if unused:
@@ -174,9 +166,7 @@ def make_space(
 def _gene(group: Group, source: str | None, parameter: Parameter, bounds: GeneRange) -> Gene:
     middle = (bounds.low + bounds.high) / 2
     name = f"{group.name}/{source}.{parameter.name}" if source else f"{group.name}/{parameter.name}"
-    return Gene(
-        name, bounds.low, bounds.high, middle if bounds.initial is None else bounds.initial, parameter.kind
-    )
+    return Gene(name, bounds.low, bounds.high, middle if bounds.initial is None else bounds.initial, parameter.kind)
 
 
 def _check_source_count(operator: Operator, name: str, count: int) -> None:
@@ -206,9 +196,7 @@ def _fixed_value(parameter: Parameter, value: bool | int | float) -> Value:
         return value
     if isinstance(value, bool):
         raise SpaceError(key, f"'{parameter.name}' must be a number, found {value!r}")
-    if (parameter.low is not None and value < parameter.low) or (
-        parameter.high is not None and value > parameter.high
-    ):
+    if (parameter.low is not None and value < parameter.low) or (parameter.high is not None and value > parameter.high):
         raise SpaceError(key, f"'{parameter.name}' cannot be {value:g}")
     if parameter.kind == "int" and value != int(value):
         raise SpaceError(key, f"'{parameter.name}' must be a whole number, found {value!r}")

@@ -26,9 +26,7 @@ def _texts() -> dict[str, list[str]]:
     include = Path(torch.__file__).parent / "include" / "c10" / "util"
     headers = "".join(path.read_text(errors="replace") for path in sorted(include.glob("[A-F]*.h")))
     cut = {"python": source, "english": topics, "cpp": headers}
-    return {
-        name: [text[i : i + 240] for i in range(2000, 2000 + 60 * 240, 240)] for name, text in cut.items()
-    }
+    return {name: [text[i : i + 240] for i in range(2000, 2000 + 60 * 240, 240)] for name, text in cut.items()}
 
 
 def _train(model: Any, tokenizer: Any, texts: list[str], steps: int, rate: float) -> None:
@@ -66,9 +64,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     bpe.train_from_iterator([text for domain in DOMAINS for text in texts[domain][:30]], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -100,9 +96,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for pool, passages in pools.items():
             path = folder / "data" / domain / f"{pool}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [
-                json.dumps({"id": f"{domain}-{pool}-{i}", "text": text}) for i, text in enumerate(passages)
-            ]
+            rows = [json.dumps({"id": f"{domain}-{pool}-{i}", "text": text}) for i, text in enumerate(passages)]
             path.write_text("\n".join(rows) + "\n")
     torch.set_num_threads(threads)
     return folder
@@ -124,8 +118,7 @@ def config_of(family: Path, results: Path) -> dict[str, Any]:
             name: {
                 "use": "perplexity",
                 "data": {
-                    pool: str(family / "data" / name / f"{pool}.jsonl")
-                    for pool in ("search", "select", "certify")
+                    pool: str(family / "data" / name / f"{pool}.jsonl") for pool in ("search", "select", "certify")
                 },
             }
             for name in DOMAINS

@@ -7,7 +7,8 @@ from typing import Any
 
 from family import DOMAINS
 
-from search.checkpoint import fingerprint, open_checkpoint
+from search.checkpoints.fingerprint import fingerprint
+from search.checkpoints.reading import open_checkpoint
 from search.recipe import ModelRef, Recipe
 
 PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -69,9 +69,7 @@ def test_candidates_that_do_not_differ_are_called_different_as_rarely_as_promise
     rejected = 0
     for trial in range(200):
         a, b = generator.normal(size=(2, 60))
-        made = Bootstrap(
-            OBJECTIVE, {"e": own_document(60)}, {0: scores(a), 1: scores(b)}, trial, resamples=1000
-        )
+        made = Bootstrap(OBJECTIVE, {"e": own_document(60)}, {0: scores(a), 1: scores(b)}, trial, resamples=1000)
         rejected += made.compare(0, 1, a.mean() - b.mean()).p < 0.05
     # 10 expected; 22 would be four standard deviations too many.
     assert rejected <= 22
@@ -100,9 +98,7 @@ def test_weights_enter_as_in_a_plain_loop_over_the_same_draws() -> None:
 
 def test_the_same_seed_gives_the_same_bits() -> None:
     values = np.random.default_rng(0).normal(size=40)
-    first, second = (
-        Bootstrap(OBJECTIVE, {"e": own_document(40)}, {0: scores(values)}, seed=5) for _ in range(2)
-    )
+    first, second = (Bootstrap(OBJECTIVE, {"e": own_document(40)}, {0: scores(values)}, seed=5) for _ in range(2))
     assert first.interval(0) == second.interval(0)
 
 

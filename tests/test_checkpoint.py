@@ -16,17 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from search.checkpoint import (
-    Checkpoint,
-    CheckpointTensors,
-    check_compatible,
-    fingerprint,
-    hash_tensors,
-    open_checkpoint,
-    refuse_non_finite,
-)
+from search.checkpoints.compatibility import check_compatible
+from search.checkpoints.fingerprint import fingerprint, hash_tensors, refuse_non_finite
+from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
+from search.checkpoints.tensor_bytes import TORCH_NAMES
 from search.errors import CheckpointError
-from search.tensor_bytes import TORCH_NAMES
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8}
 LLAMA = {
@@ -95,7 +89,7 @@ def test_a_single_file_and_its_shards_open_as_the_same_tensors(tmp_path: Path) -
 
 def test_opening_does_not_load_torch() -> None:
     code = (
-        "import sys, search.checkpoint, search.checkpoint_writer, cluster.shards;"
+        "import sys, search.checkpoints.reading, search.checkpoints.writing, cluster.shards;"
         "print([name for name in ('torch', 'ray', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -172,9 +166,7 @@ with open(sys.argv[1], "rb") as file:
 
 def memory() -> dict[str, int]:
     """Private and resident bytes of this process."""
-    rows = dict(
-        line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if " kB" in line
-    )
+    rows = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if " kB" in line)
     kilobytes = {key: int(value.split()[0]) for key, value in rows.items()}
     return {
         "private": 1024 * (kilobytes["Private_Dirty"] + kilobytes["Private_Clean"]),
@@ -197,11 +189,9 @@ def test_every_dtype_hashes_as_the_formula_says_from_file_and_from_memory(dtype:
     tensors = {"b": sample(dtype, (3, 5)), "a": sample(dtype, ()), "z": sample(dtype, (0, 2))}
     if dtype == "F8_E8M0":  # the library's torch writer does not know it yet
         pytest.importorskip("torch", "2.7")
-        from search.checkpoint_writer import write_checkpoint
+        from search.checkpoints.writing import write_checkpoint
 
-        checkpoint = open_checkpoint(
-            write_checkpoint(tensors, single(tmp_path / "donor"), tmp_path / "model")
-        )
+        checkpoint = open_checkpoint(write_checkpoint(tensors, single(tmp_path / "donor"), tmp_path / "model"))
     else:
         checkpoint = single(tmp_path / "model", tensors)
     found = fingerprint(checkpoint)
@@ -215,9 +205,7 @@ def test_every_dtype_hashes_as_the_formula_says_from_file_and_from_memory(dtype:
 
 def test_the_hash_does_not_depend_on_sharding_order_or_layout_in_memory(tmp_path: Path) -> None:
     one, many = single(tmp_path / "one"), sharded(tmp_path / "many")
-    strided = {
-        name: tensor.t().contiguous().t() for name, tensor in reversed(LLAMA.items()) if tensor.ndim == 2
-    }
+    strided = {name: tensor.t().contiguous().t() for name, tensor in reversed(LLAMA.items()) if tensor.ndim == 2}
     strided["model.norm.weight"] = torch.ones(8)[::2]
     assert fingerprint(one).sha256 == fingerprint(many).sha256 == hash_tensors(strided) == hash_tensors(LLAMA)
 
@@ -264,12 +252,10 @@ def test_non_finite_elements_are_counted_as_torch_counts_them(dtype: str, tmp_pa
     real = torch.view_as_real(patterns).double() if dtype == "C64" else patterns.double()
     nans, infinities = int(real.isnan().sum()), int(real.isinf().sum())
     assert nans + infinities > 0
-    from search.checkpoint_writer import write_checkpoint
+    from search.checkpoints.writing import write_checkpoint
 
     tensors = {"bad": patterns, "good": torch.ones(3)}
-    found = fingerprint(
-        open_checkpoint(write_checkpoint(tensors, single(tmp_path / "donor"), tmp_path / "model"))
-    )
+    found = fingerprint(open_checkpoint(write_checkpoint(tensors, single(tmp_path / "donor"), tmp_path / "model")))
     assert (found.nans, found.infinities, found.non_finite) == (nans, infinities, ("bad",))
     with pytest.raises(CheckpointError, match=r"model 'mine'.*in 1 tensor, first in 'bad'"):
         refuse_non_finite("mine", found)
@@ -294,7 +280,7 @@ def test_progress_comes_in_tenths_and_only_where_it_takes_a_while(
     lines: list[str] = []
     fingerprint(checkpoint, cache=False, report=lines.append)
     assert lines == []
-    monkeypatch.setattr("search.byte_progress.QUIET_BYTES", 0)
+    monkeypatch.setattr("search.checkpoints.byte_progress.QUIET_BYTES", 0)
     for _ in range(2):  # hashed, then from the cache
         lines.clear()
         fingerprint(checkpoint, report=lines.append)
@@ -340,9 +326,7 @@ def test_a_spoilt_cache_is_ignored_and_made_anew(spoil: str, tmp_path: Path) -> 
     first = fingerprint(checkpoint)
     cache = tmp_path / "cache" / "fingerprints.json"
     ((path, entry),) = json.loads(cache.read_text())["files"].items()
-    cache.write_bytes(
-        spoil.replace("PATH", path).replace("IDENTITY", json.dumps(entry["identity"])).encode("latin-1")
-    )
+    cache.write_bytes(spoil.replace("PATH", path).replace("IDENTITY", json.dumps(entry["identity"])).encode("latin-1"))
     assert fingerprint(checkpoint) == first
     assert json.loads(cache.read_text())["files"] == {path: entry}
 

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from search.checkpoint import Checkpoint, CheckpointTensors, fingerprint, hash_tensors, open_checkpoint
-from search.checkpoint_writer import write_checkpoint
+from search.checkpoints.fingerprint import fingerprint, hash_tensors
+from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
+from search.checkpoints.tensor_bytes import TORCH_NAMES
+from search.checkpoints.writing import write_checkpoint
 from search.errors import MeiosisError, UserError
-from search.tensor_bytes import TORCH_NAMES
 
 TENSORS = {
     "embed.weight": torch.arange(32.0).reshape(8, 4),
@@ -93,9 +94,7 @@ def test_sharding_changes_nothing_but_the_files(
     tensors = {f"t{i}": torch.arange(n, dtype=torch.float32) + i for i, n in enumerate(sizes)}
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     given_tensors = iter(tensors.items()) if as_stream else tensors
-    checkpoint = open_checkpoint(
-        write_checkpoint(given_tensors, donor, tmp_path / "out", max_shard_bytes=shard)
-    )
+    checkpoint = open_checkpoint(write_checkpoint(given_tensors, donor, tmp_path / "out", max_shard_bytes=shard))
     assert fingerprint(checkpoint).sha256 == hash_tensors(tensors)
     assert all(torch.equal(found, tensors[name]) for name, found in read(tmp_path / "out").items())
     for file in checkpoint.files:
@@ -107,8 +106,7 @@ def test_sharding_changes_nothing_but_the_files(
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == checkpoint.nbytes
         assert {file.name for file in checkpoint.files} == {
-            f"model-{i + 1:05}-of-{len(checkpoint.files):05}.safetensors"
-            for i in range(len(checkpoint.files))
+            f"model-{i + 1:05}-of-{len(checkpoint.files):05}.safetensors" for i in range(len(checkpoint.files))
         }
 
 
@@ -179,9 +177,7 @@ def test_the_donor_gives_what_loading_needs_and_nothing_else(donor: Checkpoint, 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "BF16"])
-def test_another_dtype_is_written_and_told_in_the_config(
-    dtype: str, donor: Checkpoint, tmp_path: Path
-) -> None:
+def test_another_dtype_is_written_and_told_in_the_config(dtype: str, donor: Checkpoint, tmp_path: Path) -> None:
     out = write_checkpoint(TENSORS, donor, tmp_path / "out", dtype=dtype)
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
@@ -191,9 +187,7 @@ def test_another_dtype_is_written_and_told_in_the_config(
     assert hash_tensors(found) == hash_tensors(expected) == fingerprint(open_checkpoint(out)).sha256
 
 
-def test_tensors_that_already_have_another_dtype_correct_the_config(
-    donor: Checkpoint, tmp_path: Path
-) -> None:
+def test_tensors_that_already_have_another_dtype_correct_the_config(donor: Checkpoint, tmp_path: Path) -> None:
     out = write_checkpoint({"a": torch.ones(4, dtype=torch.float16)}, donor, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
 
@@ -250,17 +244,13 @@ def test_a_stream_that_fails_leaves_nothing_behind(donor: Checkpoint, tmp_path: 
     assert names(tmp_path) == ["donor"]
 
 
-@pytest.mark.parametrize(
-    "name", ["../recipe.yaml", "..", "/etc/x", "a/b", "more.safetensors", "config.json", ""]
-)
+@pytest.mark.parametrize("name", ["../recipe.yaml", "..", "/etc/x", "a/b", "more.safetensors", "config.json", ""])
 def test_an_extra_file_is_a_plain_name(name: str, donor: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a plain file name"):
         write_checkpoint(TENSORS, donor, tmp_path / "out", extra_files={name: "x"})
 
 
-def test_a_model_larger_than_the_disk_is_refused_before_anything_is_written(
-    donor: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_model_larger_than_the_disk_is_refused_before_anything_is_written(donor: Checkpoint, tmp_path: Path) -> None:
     huge = torch.ones(1).expand(1 << 50)
     with pytest.raises(MeiosisError, match=r"the model takes 4294967296\.0 MiB, the disk has") as caught:
         write_checkpoint({"huge": huge}, donor, tmp_path / "out")
@@ -287,8 +277,8 @@ FULL_DISK = """
 mount -t tmpfs -o size=1m tmpfs "$1" || exit 77
 exec "$2" - "$1" "$3" <<'END'
 import pathlib, sys, torch
-from search.checkpoint import open_checkpoint
-from search.checkpoint_writer import write_checkpoint
+from search.checkpoints.reading import open_checkpoint
+from search.checkpoints.writing import write_checkpoint
 from search.errors import MeiosisError
 def stream():  # larger than the donor, so that the check for space cannot know
     for i in range(8):
@@ -303,9 +293,7 @@ END
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs a file system of its own")
-def test_a_disk_that_fills_up_on_the_way_is_one_line_and_left_clean(
-    donor: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_disk_that_fills_up_on_the_way_is_one_line_and_left_clean(donor: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     command = [
         "unshare",
@@ -359,9 +347,7 @@ def test_stock_transformers_loads_what_is_written(tied: bool, shard: int, tmp_pa
     donor = open_checkpoint(tmp_path / "donor")
     live = {name: tensor for name, tensor in original.state_dict().items() if name in donor.tensors}
     assert fingerprint(donor).sha256 == hash_tensors(live)
-    out = write_checkpoint(
-        live, donor, tmp_path / "out", max_shard_bytes=shard, extra_files={"README.md": "card"}
-    )
+    out = write_checkpoint(live, donor, tmp_path / "out", max_shard_bytes=shard, extra_files={"README.md": "card"})
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens = torch.arange(8)[None]

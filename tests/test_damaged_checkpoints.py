@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from search.checkpoint import CheckpointTensors, fingerprint, open_checkpoint, refuse_non_finite
+from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
+from search.checkpoints.reading import CheckpointTensors, open_checkpoint
 from search.errors import CheckpointError, UserError
 
 WEIGHTS = "model.safetensors"
@@ -280,9 +281,7 @@ def test_a_missing_folder_is_told_with_the_nearest_name(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path / "nowhere" / "model"))
 
 
-def test_a_typo_of_a_local_folder_is_not_looked_up_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_typo_of_a_local_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     write_single(tmp_path / "models" / "code-expert")
     monkeypatch.chdir(tmp_path)
@@ -303,9 +302,7 @@ def test_the_folder_above_a_checkpoint_points_at_it(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line_with_the_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_that_cannot_be_had_is_one_line_with_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -342,9 +339,7 @@ def test_weights_that_change_under_a_search_are_noticed(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_damage_to_a_header_is_a_checkpoint_error_or_harmless(
-    data: st.DataObject, tmp_path: Path
-) -> None:
+def test_any_damage_to_a_header_is_a_checkpoint_error_or_harmless(data: st.DataObject, tmp_path: Path) -> None:
     """What we let pass must also be what the library reads."""
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)

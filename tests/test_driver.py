@@ -92,17 +92,13 @@ def test_at_most_a_window_of_candidates_is_in_flight(tmp_path: Path) -> None:
     open_ = 0
     largest = 0
     for event in drive(tmp_path, Shuffled(8, 1)):
-        open_ += (
-            1 if isinstance(event, Ask) else -1 if isinstance(event, Trial) and event.items == "search" else 0
-        )
+        open_ += 1 if isinstance(event, Ask) else -1 if isinstance(event, Trial) and event.items == "search" else 0
         largest = max(largest, open_)
     assert largest == WINDOW
 
 
 @pytest.mark.parametrize("normalize", ["none", "parents"])
-def test_a_driver_that_dies_after_any_event_resumes_to_the_same_history(
-    normalize: str, tmp_path: Path
-) -> None:
+def test_a_driver_that_dies_after_any_event_resumes_to_the_same_history(normalize: str, tmp_path: Path) -> None:
     reference = content(drive(tmp_path / "whole", Shuffled(1, 0), normalize=normalize))
     for cut in range(1, len(reference), 1 if normalize == "none" else 7):
         folder = tmp_path / str(cut)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import meiosis, write_config
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from recipes import PARAMETERS, models_of, recipe_of
 
 from evaluators.base import EvaluatorSpec
-from search.checkpoint import CheckpointTensors, hash_tensors, open_checkpoint
+from search.checkpoints.fingerprint import hash_tensors
+from search.checkpoints.reading import CheckpointTensors, open_checkpoint
 from search.evaluation import Evaluation
 from search.merge.apply import Merger
 from search.pool import Job, Outcome, WorkerPlan
@@ -302,3 +304,21 @@ def test_a_search_goes_on_over_failures_and_records_them(family: Path, tmp_path:
     assert "not in the mood" in shown
     again = meiosis("search", file, "--run", "again")
     assert again.out.replace("again", "moody") == ended.out
+
+
+def test_what_an_evaluator_draws_does_not_depend_on_what_ran_before(family: Path, tmp_path: Path) -> None:
+    """Global generators of torch, NumPy and Python, as users' functions use them."""
+    from search.seeds import seeded
+
+    def draws() -> tuple[float, float, float]:
+        import random
+
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    with seeded(3):
+        first = draws()
+    outside = float(torch.rand(()))
+    with seeded(3):
+        second = draws()
+    assert first == second
+    assert float(torch.rand(())) != outside

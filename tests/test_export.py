@@ -14,7 +14,8 @@ from command_line import Ended, meiosis, write_config
 from family import DOMAINS, config_of, copy_of
 from recipes import PARAMETERS, models_of, recipe_of
 
-from search.checkpoint import CheckpointTensors, fingerprint, open_checkpoint
+from search.checkpoints.fingerprint import fingerprint
+from search.checkpoints.reading import CheckpointTensors, open_checkpoint
 from search.evaluation import Evaluation
 from search.export import merge_recipe
 from search.pool import Job, WorkerPlan

@@ -119,9 +119,7 @@ def merge(family: str, case: str, *, dtype: torch.dtype | None = None) -> Merged
     layers = 1 + max(int(match.group(1)) for name in expected if (match := LAYER.match(name)))
     recipe = recipe_of(config, list(expected), layers)
     inputs = {name: load_model(ref.path, config.get("dtype")) for name, ref in recipe.models.items()}
-    ours = {
-        name: torch.full_like(tensor, 7.0, dtype=dtype or tensor.dtype) for name, tensor in expected.items()
-    }
+    ours = {name: torch.full_like(tensor, 7.0, dtype=dtype or tensor.dtype) for name, tensor in expected.items()}
     Merger({name: InMemoryTensors(model) for name, model in inputs.items()}).merge_into(recipe, ours)
     return Merged(ours, expected, inputs, recipe)
 
@@ -145,9 +143,7 @@ def split_cases() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tu
     exact, close, coarse = [], [], []
     for family in ("ll-fp32", "ll-bf16"):
         for case in cases(family):
-            method = yaml.safe_load((GOLDEN / "expected" / family / case / "config.yaml").read_text())[
-                "merge_method"
-            ]
+            method = yaml.safe_load((GOLDEN / "expected" / family / case / "config.yaml").read_text())["merge_method"]
             if computed_in(family, case) == torch.bfloat16 and method in ("task_arithmetic", "ties"):
                 coarse.append((family, case))
             elif method == "slerp" and case not in ("slerp_antipodal", "slerp_colinear"):

@@ -106,9 +106,7 @@ def test_equality_of_events_is_by_bits_and_sees_every_field() -> None:
     assert replace(trial, loss=float("nan")) == replace(trial, loss=float("nan"))
     assert replace(trial, loss=0.0) != replace(trial, loss=-0.0)
     ask = Ask(0, "optimizer", (), "h")
-    assert (
-        len({ask, replace(ask, genome=None), replace(ask, genome=(0.0,)), replace(ask, genome=(-0.0,))}) == 4
-    )
+    assert len({ask, replace(ask, genome=None), replace(ask, genome=(0.0,)), replace(ask, genome=(-0.0,))}) == 4
 
 
 def test_the_digest_ignores_circumstances_and_nothing_else() -> None:
@@ -259,9 +257,7 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("extra_bytes", [0, 1, 100, 2000])
-def test_an_append_that_fails_is_taken_back_and_the_history_takes_no_more(
-    tmp_path: Path, extra_bytes: int
-) -> None:
+def test_an_append_that_fails_is_taken_back_and_the_history_takes_no_more(tmp_path: Path, extra_bytes: int) -> None:
     with open_small(tmp_path) as history:
         for one in events(2):
             history.append(one)
@@ -294,9 +290,7 @@ def test_sealing_that_fails_at_some_byte_loses_nothing(tmp_path: Path, limit_byt
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    disk = (
-        f"mount -t tmpfs -o size=400k tmpfs {tmp_path} && exec {sys.executable} {BODIES} fill {tmp_path} 60"
-    )
+    disk = f"mount -t tmpfs -o size=400k tmpfs {tmp_path} && exec {sys.executable} {BODIES} fill {tmp_path} 60"
     result = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", disk],
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},

@@ -64,9 +64,7 @@ def look(folder: Path) -> list[Event]:
     return [one for table in contents.all_tables for one in decode(table, side)]
 
 
-def test_a_log_cut_at_any_byte_gives_back_the_events_before_and_nothing_else(
-    original: Path, folder: Path
-) -> None:
+def test_a_log_cut_at_any_byte_gives_back_the_events_before_and_nothing_else(original: Path, folder: Path) -> None:
     data, ends = (original / LIVE).read_bytes(), record_ends(original)
     assert len(ends) == 1 + COUNT - 5
     expected = events(COUNT)
@@ -111,9 +109,7 @@ GARBAGE = st.one_of(
     st.integers(1, 5000).map(lambda n: b"\xff" * n),
     st.binary(min_size=1, max_size=300),
     st.just(b"\xff\xff\xff\xff\x00\x00\x00\x00"),  # the end marker of a stream
-    st.integers(-(2**31), 2**31 - 1).map(
-        lambda n: b"\xff\xff\xff\xff" + n.to_bytes(4, "little", signed=True)
-    ),
+    st.integers(-(2**31), 2**31 - 1).map(lambda n: b"\xff\xff\xff\xff" + n.to_bytes(4, "little", signed=True)),
     st.tuples(st.integers(0, 2500), st.binary(max_size=40)).map(lambda x: ("own", *x)),
 )
 
@@ -148,9 +144,7 @@ def test_garbage_at_the_end_is_cut_and_kept(
     shutil.rmtree(folder.parent)
 
 
-def test_a_flipped_bit_in_the_log_is_damage_or_a_cut_tail_but_never_an_event(
-    original: Path, folder: Path
-) -> None:
+def test_a_flipped_bit_in_the_log_is_damage_or_a_cut_tail_but_never_an_event(original: Path, folder: Path) -> None:
     data, ends = (original / LIVE).read_bytes(), record_ends(original)
     expected, messages = events(COUNT), {}
     for at in range(len(data)):
@@ -336,9 +330,7 @@ def test_a_writer_that_dies_before_any_change_of_a_file_name_leaves_what_the_nex
         assert len(list(folder.glob("*.arrows"))) == 1
 
 
-def test_a_segment_that_was_sealed_but_not_removed_counts_once(
-    original: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_segment_that_was_sealed_but_not_removed_counts_once(original: Path, folder: Path, tmp_path: Path) -> None:
     with open_small(tmp_path / "one") as history:
         for one in events(5):
             history.append(one)

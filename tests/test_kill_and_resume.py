@@ -100,9 +100,7 @@ def test_a_driver_killed_at_random_moments_resumes_to_the_same_history(
     assert process.returncode == 0, stderr
     assert killed > 0
     assert digest(events(run)) == digest(events(reference))
-    assert (run / "best" / "model.safetensors").read_bytes() == (
-        reference / "best" / "model.safetensors"
-    ).read_bytes()
+    assert (run / "best" / "model.safetensors").read_bytes() == (reference / "best" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -146,9 +144,7 @@ def kill_a_worker(driver: subprocess.Popen[str], run: Path) -> bool:
     deadline = time.monotonic() + 300
     while driver.poll() is None:
         assert time.monotonic() < deadline, "the search does not get on"
-        for worker in {
-            event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker
-        }:
+        for worker in {event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker}:
             process = Path("/proc", worker.rpartition("/")[2])
             # Results of the driver before this one name workers that are gone.
             if process.exists() and b"ray::" in (process / "cmdline").read_bytes():

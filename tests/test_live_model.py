@@ -95,9 +95,7 @@ def save_random(make: Callable[[], Any], folder: Path, seed: int) -> Path:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(
-                    torch.rand_like(tensor) + 0.5 if "var" in name else 0.2 * torch.randn_like(tensor)
-                )
+                tensor.copy_(torch.rand_like(tensor) + 0.5 if "var" in name else 0.2 * torch.randn_like(tensor))
     model.save_pretrained(folder)
     return folder
 
@@ -164,10 +162,7 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors
     targets = live.targets([*tensors, "lm_head.weight"])
     assert "lm_head.weight" not in targets
-    assert (
-        live.model.get_parameter("lm_head.weight").data_ptr()
-        == targets["model.embed_tokens.weight"].data_ptr()
-    )
+    assert live.model.get_parameter("lm_head.weight").data_ptr() == targets["model.embed_tokens.weight"].data_ptr()
 
 
 def test_names_with_and_without_the_prefix_of_the_base_model_find_their_place(tmp_path: Path) -> None:
@@ -267,9 +262,7 @@ def test_the_model_is_in_eval_mode_without_gradients(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "has no weights for 'model.layers.2"),
     ],
 )
-def test_a_folder_that_does_not_fit_its_class_is_refused(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_folder_that_does_not_fit_its_class_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save_random(FAMILIES["llama"][0], tmp_path / "m", 1)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -206,9 +206,7 @@ def test_fp8_is_refused_by_name() -> None:
 def test_other_shapes_are_refused_by_name() -> None:
     tensors = models()
     tensors["b"]["y"] = torch.zeros(3001)
-    with pytest.raises(
-        CheckpointError, match=r"tensor 'y' of model 'b' has shape \[3001\], expected \[3000\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"tensor 'y' of model 'b' has shape \[3001\], expected \[3000\]"):
         merger(tensors).merge_into(recipe(), blank(tensors))
 
 

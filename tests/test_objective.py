@@ -36,9 +36,7 @@ def test_the_value_is_the_weighted_mean_with_maximised_metrics_negated() -> None
 
 
 def test_the_best_parent_is_0_and_the_worst_is_1_on_every_metric() -> None:
-    made = objective(normalize="parents").against(
-        [{"a.loss": 2.0, "b.acc": 0.5}, {"a.loss": 4.0, "b.acc": 0.9}]
-    )
+    made = objective(normalize="parents").against([{"a.loss": 2.0, "b.acc": 0.5}, {"a.loss": 4.0, "b.acc": 0.9}])
     loss, accuracy = made.terms
     assert [loss.loss(2.0), loss.loss(4.0), loss.loss(1.0)] == pytest.approx([0, 1, -0.5])
     assert [accuracy.loss(0.9), accuracy.loss(0.5)] == pytest.approx([0, 1])

@@ -146,8 +146,7 @@ def test_bits_do_not_depend_on_what_the_target_held_or_how_it_lies_in_memory(nam
     wanted = merged(recipe, models)
     noise = {key: torch.full_like(tensor, float("nan")) for key, tensor in wanted.items()}
     turned = {
-        key: torch.full((*reversed(t.shape), 2), 3.0).permute(*range(t.dim(), -1, -1))[0]
-        for key, t in wanted.items()
+        key: torch.full((*reversed(t.shape), 2), 3.0).permute(*range(t.dim(), -1, -1))[0] for key, t in wanted.items()
     }
     assert not turned["matrix"].is_contiguous()
     for targets in (noise, turned):

@@ -349,9 +349,7 @@ def test_dare_masks_rescales_and_merges(
     models = models_of(len(settings_), size, 10)
     base, deltas = unpack(models)
     weights = [weight for weight, _ in settings_]
-    masked = [
-        d * mask(size, p, seed, f"m{i}") for i, (d, (_, p)) in enumerate(zip(deltas, settings_, strict=True))
-    ]
+    masked = [d * mask(size, p, seed, f"m{i}") for i, (d, (_, p)) in enumerate(zip(deltas, settings_, strict=True))]
     if rescaled:
         masked = [rescale(delta, kept) for delta, kept in zip(deltas, masked, strict=True)]
     sources = {f"m{i}": {"weight": w, "density": p} for i, (w, p) in enumerate(settings_)}

@@ -209,7 +209,7 @@ def test_an_evaluator_of_text_refuses_a_classifier_before_it_is_loaded(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_tensor_of_another_family_is_in_a_group_of_its_kind(name: str, tmp_path: Path) -> None:
-    from search.checkpoint import open_checkpoint
+    from search.checkpoints.reading import open_checkpoint
     from search.grouping import group_tensors
 
     paths = checkpoints(FAMILIES[name], tmp_path)

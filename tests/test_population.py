@@ -63,9 +63,7 @@ def test_the_search_starts_at_the_best_of_generation_0_that_the_space_can_make()
     asked = drive(population(), 60, 4)
     first = next(candidate for candidate in asked if candidate.genome is not None)
     hinted = [
-        c
-        for c in asked
-        if c.genome is None and c.recipe.rules[0].operator in ("linear", "task_arithmetic", "slerp")
+        c for c in asked if c.genome is None and c.recipe.rules[0].operator in ("linear", "task_arithmetic", "slerp")
     ]
     best = min(hinted, key=lambda c: (loss(c), c.id))
     assert loss(first) == pytest.approx(loss(best))

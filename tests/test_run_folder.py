@@ -45,9 +45,7 @@ def _umask() -> int:
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "first", {"seed": 1})
-    with pytest.raises(
-        UserError, match=r"'first' already exists.*`meiosis resume first` or choose another --run"
-    ):
+    with pytest.raises(UserError, match=r"'first' already exists.*`meiosis resume first` or choose another --run"):
         RunFolder.create(tmp_path, "first", {"seed": 2})
     assert run.manifest() == {"seed": 1}
     (tmp_path / "reference").mkdir()
@@ -84,9 +82,7 @@ def test_a_run_without_a_name_is_called_after_its_config_and_the_time(tmp_path: 
     assert RunFolder.create(tmp_path, None, {}).name.startswith("run-")
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "/tmp/a", "a\0b", "a\nb", " a", "-a", "x" * 129]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/tmp/a", "a\0b", "a\nb", " a", "-a", "x" * 129])
 def test_a_name_that_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is no name for a run"):
         RunFolder.create(tmp_path / "results", name, {})
@@ -134,9 +130,7 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path: Path) -> Non
     assert [run.name for run in RunFolder.list_runs(tmp_path)] == ["b", "c", "a"]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[1]", b"a: [", b"\xff\xfe", b"a: !!python/object/apply:os.getpid []"]
-)
+@pytest.mark.parametrize("content", [b"", b"[1]", b"a: [", b"\xff\xfe", b"a: !!python/object/apply:os.getpid []"])
 def test_a_damaged_manifest_is_an_error_in_one_line(tmp_path: Path, content: bytes) -> None:
     run = RunFolder.create(tmp_path, "first", {})
     run.config.write_bytes(content)
@@ -250,9 +244,7 @@ def test_damaged_entries_of_the_spool_are_removed_and_the_others_stay(tmp_path: 
     path = tmp_path / "00000001-search.arrow"
     data = path.read_bytes()
     harmed = [data[:size] for size in range(0, len(data), 97)]
-    harmed += [
-        data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data) - 2000, len(data), 97)
-    ]
+    harmed += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data) - 2000, len(data), 97)]
     harmed += [data + b"\0", data + data, b"\xff" * 100, (tmp_path / "00000002-search.arrow").read_bytes()]
     for content in harmed:
         path.write_bytes(content)

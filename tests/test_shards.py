@@ -20,7 +20,8 @@ from cluster.shards import (
     warm,
     warm_stamp,
 )
-from search.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from search.checkpoints.fingerprint import fingerprint
+from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.errors import CheckpointError, WorkerError
 from search.recipe import ModelRef
 
@@ -125,7 +126,7 @@ def test_a_copy_with_other_times_is_the_same_only_with_the_same_bytes(tmp_path: 
 def test_warming_reads_every_byte_once_per_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = model(tmp_path / "code", a=(300, 1000))
     size = checkpoint.files[0].stat().st_size
-    monkeypatch.setattr("search.byte_progress.QUIET_BYTES", 0)
+    monkeypatch.setattr("search.checkpoints.byte_progress.QUIET_BYTES", 0)
     lines: list[str] = []
     assert warm(checkpoint.files, lines.append, tmp_path / "node") == size
     assert lines == ["reading the models into memory: 100% of 0.0 GiB"]

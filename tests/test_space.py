@@ -89,9 +89,7 @@ def test_encoder_and_decoder_layers_do_not_share_groups() -> None:
 
 
 def test_a_genome_decodes_to_the_values_its_genes_name() -> None:
-    made = space(
-        layers_per_group=0, split=["attention"], parameters={"weight": {"low": 0, "high": 2, "initial": 1}}
-    )
+    made = space(layers_per_group=0, split=["attention"], parameters={"weight": {"low": 0, "high": 2, "initial": 1}})
     coordinates = tuple((i + 1) / (len(made.genes) + 1) for i in range(len(made.genes)))
     recipe = made.decode(Genome(coordinates))
     for gene, x in zip(made.genes, coordinates, strict=True):
@@ -172,9 +170,7 @@ def test_the_first_rule_that_matches_a_tensor_holds() -> None:
     first = Rule(tensors=("model.layers.0.*",), operator="linear", sources={"a": {"weight": 1.0}})
     rest = Rule(operator="linear", sources={"b": {"weight": 1.0}})
     assigned = Recipe(models=MODELS, rules=(first, rest)).assign(LLAMA)
-    assert {name for name, rule in assigned.items() if rule is first} == {
-        n for n in LLAMA if ".layers.0." in n
-    }
+    assert {name for name, rule in assigned.items() if rule is first} == {n for n in LLAMA if ".layers.0." in n}
     assert list(assigned) == LLAMA
 
 

@@ -24,9 +24,7 @@ _PLAIN_WIDTH = 160
 
 def debug_option(function: F) -> F:
     """`--debug`: `main` looks for it in the arguments, the command itself does not need it."""
-    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(
-        function
-    )
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
 
 
 def json_option(function: F) -> F:

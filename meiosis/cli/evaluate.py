@@ -11,9 +11,7 @@ from meiosis.cli.common import debug_option, json_option, note, out, print_json
 
 @click.command("evaluate", epilog="Example: meiosis evaluate samples/text/python --config examples/text.yaml")
 @click.argument("model")
-@click.option(
-    "--config", "config", required=True, type=click.Path(path_type=Path), help="Whose evaluators to use."
-)
+@click.option("--config", "config", required=True, type=click.Path(path_type=Path), help="Whose evaluators to use.")
 @click.option(
     "--items",
     type=click.Choice(["search", "select", "certify"]),

@@ -38,8 +38,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
 
     config, base = setup.config, setup.checkpoints["base"]
     items = {
-        name: {pool: len(evaluator.items(pool)) for pool in ITEM_POOLS}
-        for name, evaluator in setup.evaluators.items()
+        name: {pool: len(evaluator.items(pool)) for pool in ITEM_POOLS} for name, evaluator in setup.evaluators.items()
     }
     live = sum(_live_bytes(info.dtype, info.shape, config.cluster.dtype) for info in base.tensors.values())
     return {
@@ -57,9 +56,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
         "optimizer": config.search.optimizer.name,
         "device": setup.device,
         "memory_bytes": {
-            "sources shared by all workers": sum(
-                checkpoint.nbytes for checkpoint in setup.checkpoints.values()
-            ),
+            "sources shared by all workers": sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
             "live model of one worker": live,
             "all workers": live * config.cluster.workers,
         },
@@ -92,9 +89,7 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
     for name, model in plan["models"].items():
         models.add_row(name, model["path"], f"{model['bytes'] / _MIB:.1f}", str(model["sha256"])[:16])
     console.print(models)
-    genome = Table(
-        title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left"
-    )
+    genome = Table(title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left")
     for column in ("group", "tensors", "genes", "from", "to", "start"):
         genome.add_column(column)
     for group in setup.space.groups:
@@ -115,9 +110,7 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for name, pools in cost["items"].items():
-        console.print(
-            f"Evaluator {name}: " + ", ".join(f"{count} {pool} items" for pool, count in pools.items()) + "."
-        )
+        console.print(f"Evaluator {name}: " + ", ".join(f"{count} {pool} items" for pool, count in pools.items()) + ".")
     console.print(
         f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
         "The config is sound; nothing was spent.",

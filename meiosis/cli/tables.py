@@ -15,7 +15,7 @@ def verdict_table(verdict: Verdict) -> Table:
     from rich.table import Table
 
     table = Table(title="On the certify items (smaller is better)", title_justify="left")
-    metrics = sorted(verdict.rows[-1].metrics)
+    metrics = list(verdict.rows[-1].metrics)
     table.add_column("model")
     for name in ("objective", "95 % interval", *metrics, "winner minus this", "95 % interval", "p (Holm)"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -108,9 +108,7 @@ class Merger:
                 self._written[name] = self._written[name]._replace(version=version_of(targets[name]))
         return MergeStats(written, len(rules) - written, time.perf_counter() - began, bytes_read)
 
-    def merge_tensors(
-        self, recipe: Recipe, names: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    def merge_tensors(self, recipe: Recipe, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The merged tensors one by one, each newly allocated, with the bits of `merge_into`.
 
         Args:
@@ -151,9 +149,7 @@ class Merger:
         wanted = set(names)
         unknown = sorted(wanted - set(donor_names))
         if unknown:
-            raise RecipeError(
-                f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], donor_names)}"
-            )
+            raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], donor_names)}")
         return {name: bound[position[id(rule)]] for name, rule in assigned.items() if name in wanted}
 
     def _holds(self, name: str, fingerprint: tuple[object, ...], target: Tensor) -> bool:

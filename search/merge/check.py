@@ -81,9 +81,7 @@ def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
     except UserError as error:
         raise RecipeError(f"{where}.operator: {error}") from error
     if not isinstance(operator, Operator):
-        raise RecipeError(
-            f"{where}.operator: '{rule.operator}' is not an instance of search.merge.operator.Operator"
-        )
+        raise RecipeError(f"{where}.operator: '{rule.operator}' is not an instance of search.merge.operator.Operator")
     sources = tuple(rule.sources)
     _check_sources(recipe, rule, operator, where)
     known = {parameter.name: parameter for parameter in operator.parameters}
@@ -94,9 +92,7 @@ def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
         place = f"{where}.sources.{source}"
         for name in values:
             if _known(known, name, rule.operator, place).scope == "shared":
-                raise RecipeError(
-                    f"{place}.{name}: is shared by all sources; write it under {where}.parameters"
-                )
+                raise RecipeError(f"{place}.{name}: is shared by all sources; write it under {where}.parameters")
         # A value under `parameters` serves every source that does not give its own.
         common = {name: value for name, value in rule.parameters.items() if known[name].scope == "source"}
         given = {**common, **values}
@@ -116,18 +112,11 @@ def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
 def _check_sources(recipe: Recipe, rule: Rule, operator: Operator, where: str) -> None:
     count, least, most = len(rule.sources), operator.min_sources, operator.max_sources
     if count < least or (most is not None and count > most):
-        wanted = (
-            f"exactly {least}"
-            if most == least
-            else f"at least {least}"
-            if count < least
-            else f"at most {most}"
-        )
+        wanted = f"exactly {least}" if most == least else f"at least {least}" if count < least else f"at most {most}"
         raise RecipeError(f"{where}.sources: operator '{rule.operator}' takes {wanted}, found {count}")
     if operator.needs_base and recipe.base is None:
         raise RecipeError(
-            f"{where}: operator '{rule.operator}' takes differences from a base; name one of the models "
-            "under `base`"
+            f"{where}: operator '{rule.operator}' takes differences from a base; name one of the models under `base`"
         )
     if operator.needs_base and recipe.base in rule.sources:
         raise RecipeError(
@@ -138,9 +127,7 @@ def _check_sources(recipe: Recipe, rule: Rule, operator: Operator, where: str) -
 
 def _known(known: Mapping[str, Parameter], name: str, operator: str, where: str) -> Parameter:
     if name not in known:
-        raise RecipeError(
-            f"{where}.{name}: operator '{operator}' has no such parameter{nearest(name, known)}"
-        )
+        raise RecipeError(f"{where}.{name}: operator '{operator}' has no such parameter{nearest(name, known)}")
     return known[name]
 
 
@@ -148,17 +135,13 @@ def _scope(parameters: Iterable[Parameter], scope: str) -> list[Parameter]:
     return [parameter for parameter in parameters if parameter.scope == scope]
 
 
-def _complete(
-    parameters: list[Parameter], given: Mapping[str, Value], operator: str, where: str
-) -> dict[str, Value]:
+def _complete(parameters: list[Parameter], given: Mapping[str, Value], operator: str, where: str) -> dict[str, Value]:
     """Every parameter with a value, given or default, in the declared kind."""
     values: dict[str, Value] = {}
     for parameter in parameters:
         value = given.get(parameter.name, parameter.default)
         if value is None:
-            raise RecipeError(
-                f"{where}: operator '{operator}' needs a value for '{parameter.name}' ({parameter.help})"
-            )
+            raise RecipeError(f"{where}: operator '{operator}' needs a value for '{parameter.name}' ({parameter.help})")
         values[parameter.name] = _checked(parameter, value, f"{where}.{parameter.name}")
     return values
 

@@ -82,10 +82,7 @@ class LiveModel:
         for name, place in sorted(placed.items(), key=lambda item: order[item[1].owner]):
             owner = self._live[place.owner]
             view = owner.as_strided(place.shape, place.stride, owner.storage_offset() + place.offset)
-            if (
-                memory.setdefault((view.data_ptr(), place.shape, place.stride), name) == name
-                or not view.numel()
-            ):
+            if memory.setdefault((view.data_ptr(), place.shape, place.stride), name) == name or not view.numel():
                 targets[name] = view
         self._check_coverage({name: placed[name] for name in targets})
         return {name: targets[name] for name in placed if name in targets}
@@ -98,8 +95,7 @@ class LiveModel:
         mode; their `num_batches_tracked` does. After a difference, `Merger.invalidate`.
         """
         return {
-            name: version_of(tensor)
-            for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]
+            name: version_of(tensor) for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]
         }
 
     def check_holds(self, source: TensorSource) -> None:
@@ -165,9 +161,7 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
                 output_loading_info=True,
             )
         except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-            line = next(
-                (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-            )
+            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CheckpointError(f"{folder}: {model_class.__name__} cannot load it: {line}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -246,10 +240,7 @@ def _find_places(model: torch.nn.Module, live: Mapping[str, Tensor]) -> tuple[di
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    empty = {
-        name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-        for name, t in live.items()
-    }
+    empty = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for name, t in live.items()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in empty.items()}
     try:
         with _Views():

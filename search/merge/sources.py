@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TensorSource(Protocol):
-    """The tensors of one model. `search.checkpoint.CheckpointTensors` reads them from files."""
+    """The tensors of one model. `search.checkpoints.reading.CheckpointTensors` reads them from files."""
 
     @property
     def names(self) -> Collection[str]:

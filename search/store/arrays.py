@@ -58,12 +58,8 @@ def _map(kind: pa.DataType, value: object) -> pa.Array:
     else:
         items = _floats(np.array(values, np.float64))
     fields = pa.struct([kind.key_field, kind.item_field])
-    entries = pa.Array.from_buffers(
-        fields, len(pairs), [None], children=[texts([key for key, _ in pairs]), items]
-    )
-    return pa.Array.from_buffers(
-        kind, 1, [None, pa.py_buffer(struct.pack("<ii", 0, len(pairs)))], children=[entries]
-    )
+    entries = pa.Array.from_buffers(fields, len(pairs), [None], children=[texts([key for key, _ in pairs]), items])
+    return pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(struct.pack("<ii", 0, len(pairs)))], children=[entries])
 
 
 def texts(values: Sequence[str]) -> pa.Array:

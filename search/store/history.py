@@ -182,9 +182,7 @@ class History:
 
     def _writable(self) -> Segment:
         if self._broken:
-            raise HistoryError(
-                f"{self.folder}: an earlier write failed, so the history takes no more; resume the run"
-            )
+            raise HistoryError(f"{self.folder}: an earlier write failed, so the history takes no more; resume the run")
         if self._live is None:
             raise HistoryError(f"{self.folder}: the history is not open for writing")
         return self._live

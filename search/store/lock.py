@@ -59,9 +59,7 @@ class FileLock:
             raise RunError(f"{self.what}: cannot open the lock {self.path}: {error.strerror}") from error
         try:
             self._lock(descriptor)
-            owner = Owner(
-                os.getpid(), socket.gethostname(), datetime.now().astimezone().isoformat(" ", "seconds")
-            )
+            owner = Owner(os.getpid(), socket.gethostname(), datetime.now().astimezone().isoformat(" ", "seconds"))
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, (json.dumps(asdict(owner)) + "\n").encode(), 0)
         except BaseException:

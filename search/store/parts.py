@@ -59,8 +59,7 @@ def load_manifest(folder: Path) -> list[Part]:
         fits = part.file == part_path(folder, index).name and part.first_seq == next_seq
         if not fits or part.rows < 1 or part.last_seq != next_seq + part.rows - 1:
             raise HistoryError(
-                f"{path} is damaged: parts[{index}] does not go on with event {next_seq}; "
-                "restore it from a backup"
+                f"{path} is damaged: parts[{index}] does not go on with event {next_seq}; restore it from a backup"
             )
         next_seq += part.rows
     return parts
@@ -91,14 +90,10 @@ def read_part(folder: Path, part: Part) -> pa.Table:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise HistoryError(
-            f"{path} is listed in {MANIFEST} and cannot be read: {error.strerror}; {way_out}"
-        ) from error
+        raise HistoryError(f"{path} is listed in {MANIFEST} and cannot be read: {error.strerror}; {way_out}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != part.sha256:
-        raise HistoryError(
-            f"{path} is damaged: its sha256 is {found}, {MANIFEST} says {part.sha256}; {way_out}"
-        )
+        raise HistoryError(f"{path} is damaged: its sha256 is {found}, {MANIFEST} says {part.sha256}; {way_out}")
     try:
         table = from_parquet(data)
     except (pa.ArrowException, OSError) as error:

@@ -135,11 +135,7 @@ class RunFolder:
     @classmethod
     def list_runs(cls, root: Path) -> list[RunFolder]:
         """All runs under `root`, the oldest first; none when `root` is not there."""
-        runs = [
-            cls(path.parent)
-            for path in Path(root).glob(f"*/{CONFIG}")
-            if not path.parent.name.startswith(".")
-        ]
+        runs = [cls(path.parent) for path in Path(root).glob(f"*/{CONFIG}") if not path.parent.name.startswith(".")]
         return sorted(runs, key=lambda run: (run.config.stat().st_mtime_ns, run.name))
 
     def manifest(self) -> dict[str, Any]:

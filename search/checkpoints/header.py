@@ -206,9 +206,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if dtype in PACKED_DTYPES:
         raise damage(path, f"{where} has dtype {dtype}, which cannot be merged", "dequantise the model first")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(
-            f"{path}: {where} has unknown dtype {quoted(dtype)}{nearest(str(dtype), ITEM_BYTES)}"
-        )
+        raise CheckpointError(f"{path}: {where} has unknown dtype {quoted(dtype)}{nearest(str(dtype), ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise damage(path, f"{where} has shape {quoted(shape)}, expected a list of whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):

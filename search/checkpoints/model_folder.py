@@ -60,6 +60,4 @@ def _download(hub_id: str) -> Path:
     except (OSError, ValueError) as error:
         reason, cause = " ".join(str(error).split())[:200] or type(error).__name__, error
         way_out = LOCAL_COPY
-    raise CheckpointError(
-        f"'{hub_id}': no such folder, and no model of the hub: {reason}; {way_out}"
-    ) from cause
+    raise CheckpointError(f"'{hub_id}': no such folder, and no model of the hub: {reason}; {way_out}") from cause

@@ -48,9 +48,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
     """
     name = _names().get(tensor.dtype)
     if name is None:
-        raise ValueError(
-            f"{tensor.dtype} cannot be written to safetensors; there is {', '.join(TORCH_NAMES)}"
-        )
+        raise ValueError(f"{tensor.dtype} cannot be written to safetensors; there is {', '.join(TORCH_NAMES)}")
     return name
 
 

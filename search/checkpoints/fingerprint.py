@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.byte_progress import ByteProgress
+from search.checkpoints.byte_progress import ByteProgress
+from search.checkpoints.fingerprint_cache import read_cache, write_cache
+from search.checkpoints.header import TensorInfo, cannot_read, damage, quoted, read_header
+from search.checkpoints.tensor_bytes import dtype_name, tensor_bytes
 from search.errors import CheckpointError
-from search.fingerprint_cache import read_cache, write_cache
-from search.safetensors_header import TensorInfo, cannot_read, damage, quoted, read_header
-from search.tensor_bytes import dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from search.checkpoint import Checkpoint
+    from search.checkpoints.reading import Checkpoint
 
 CHUNK_BYTES = 1 << 18
 """Read at once: the chunk and the masks made of it stay in the cache of a core."""
@@ -89,9 +89,7 @@ class _Digest:
     infinities: int = 0
 
 
-def fingerprint(
-    checkpoint: Checkpoint, cache: bool = True, report: Callable[[str], None] | None = None
-) -> Fingerprint:
+def fingerprint(checkpoint: Checkpoint, cache: bool = True, report: Callable[[str], None] | None = None) -> Fingerprint:
     """Hash a checkpoint's tensors and look for NaN and infinity in them.
 
     Args:
@@ -128,9 +126,7 @@ def fingerprint(
         write_cache(fresh)
     bad = [name for name in sorted(digests) if digests[name].nans or digests[name].infinities]
     return Fingerprint(
-        combine_hashes(
-            (t.name, t.dtype, t.shape, digests[t.name].sha256) for t in checkpoint.tensors.values()
-        ),
+        combine_hashes((t.name, t.dtype, t.shape, digests[t.name].sha256) for t in checkpoint.tensors.values()),
         tuple(bad),
         sum(one.nans for one in digests.values()),
         sum(one.infinities for one in digests.values()),

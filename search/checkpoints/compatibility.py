@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from search.checkpoints.header import TensorInfo, quoted
 from search.errors import CheckpointError
-from search.safetensors_header import TensorInfo, quoted
 
 if TYPE_CHECKING:
-    from search.checkpoint import Checkpoint
+    from search.checkpoints.reading import Checkpoint
 
 LINES_PER_SOURCE = 5
 """A source with another width differs in every tensor; nobody reads more lines than this."""

@@ -4,9 +4,8 @@ Opening one parses headers only, needs no torch and answers in milliseconds; wha
 index or a config can show to be wrong is refused here, one line per damage. `CheckpointTensors`
 then maps the files: every process of a node shares the same pages.
 
-Its parts: `search.model_folder` finds the folder, `search.safetensors_header` reads a file's header,
-`search.compatibility` says what several checkpoints must have in common, `search.fingerprint` hashes
-the contents. What others need of them can be imported from here.
+Beside it, `model_folder` finds the folder, `header` reads a file's header, `compatibility` says what several
+checkpoints must have in common, `fingerprint` hashes the contents.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from search.compatibility import check_compatible
-from search.errors import CheckpointError, nearest
-from search.fingerprint import Fingerprint, fingerprint, hash_tensors, refuse_non_finite
-from search.model_folder import find_model_folder
-from search.safetensors_header import (
+from search.checkpoints.header import (
     HEADER_LIMIT_BYTES,
     RepeatedKeyError,
     TensorInfo,
@@ -33,6 +28,8 @@ from search.safetensors_header import (
     quoted,
     read_header,
 )
+from search.checkpoints.model_folder import find_model_folder
+from search.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +37,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "CheckpointTensors",
-    "Fingerprint",
     "TensorInfo",
-    "check_compatible",
-    "fingerprint",
-    "hash_tensors",
     "open_checkpoint",
-    "refuse_non_finite",
 ]
 
 WEIGHTS = "model.safetensors"
@@ -103,9 +95,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if not (folder / "config.json").exists():
         inside = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
-        hint = (
-            f"did you mean {folder / inside[-1]}?" if inside else "give the folder that save_pretrained wrote"
-        )
+        hint = f"did you mean {folder / inside[-1]}?" if inside else "give the folder that save_pretrained wrote"
         raise CheckpointError(f"{folder}: has no config.json, so it is no model folder; {hint}")
     config = _read_object(folder / "config.json", json.loads)
     if (folder / WEIGHTS).exists():
@@ -181,9 +171,7 @@ def _no_weights(folder: Path) -> CheckpointError:
         )
     if pickles:
         return CheckpointError(f"{folder}: has only {pickles[0]}, and pickle is never loaded; {CONVERT}")
-    return CheckpointError(
-        f"{folder}: has a config.json, but neither {WEIGHTS} nor {INDEX}; copy the weights there"
-    )
+    return CheckpointError(f"{folder}: has a config.json, but neither {WEIGHTS} nor {INDEX}; copy the weights there")
 
 
 class CheckpointTensors:
@@ -249,6 +237,4 @@ def _map_file(path: Path) -> Any:
     except SafetensorError as error:
         raise damage(path, f"cannot be mapped ({error})") from error
     except OSError as error:
-        raise damage(
-            path, f"cannot be mapped ({error})", "keep the files in place and start again"
-        ) from error
+        raise damage(path, f"cannot be mapped ({error})", "keep the files in place and start again") from error

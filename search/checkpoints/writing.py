@@ -17,12 +17,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.checkpoint import INDEX, Checkpoint, open_checkpoint
+from search.checkpoints.fingerprint import combine_hashes
+from search.checkpoints.header import ITEM_BYTES, is_floating
+from search.checkpoints.reading import INDEX, Checkpoint, open_checkpoint
+from search.checkpoints.shard_writer import Written, entries, write_file, write_weights
+from search.checkpoints.tensor_bytes import TORCH_NAMES
 from search.errors import MeiosisError, UserError, nearest
-from search.fingerprint import combine_hashes
-from search.safetensors_header import ITEM_BYTES, is_floating
-from search.safetensors_writer import Written, entries, write_file, write_weights
-from search.tensor_bytes import TORCH_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,9 +133,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{out}: is not empty, and nothing is overwritten; choose a new folder")
     if not (out / MARKER).is_file():
-        raise UserError(
-            f"{out}: is not empty and not a model that Meiosis wrote (no {MARKER}); choose a new folder"
-        )
+        raise UserError(f"{out}: is not empty and not a model that Meiosis wrote (no {MARKER}); choose a new folder")
 
 
 def _expected_bytes(tensors: object, donor: Checkpoint, target: str | None) -> int:
@@ -173,9 +171,7 @@ def _cannot_write(out: Path, error: OSError) -> MeiosisError:
         errno.ENAMETOOLONG,
     ):
         return UserError(f"{out}: cannot be written: {error.strerror}{where}; choose a folder of yours")
-    return MeiosisError(
-        f"{out}: cannot be written: {error.strerror or error}{where}; nothing was left behind"
-    )
+    return MeiosisError(f"{out}: cannot be written: {error.strerror or error}{where}; nothing was left behind")
 
 
 def _write_companions(donor: Checkpoint, folder: Path, written: Written, others: Collection[str]) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.checkpoint import INDEX, WEIGHTS
+from search.checkpoints.fingerprint import CHUNK_BYTES, count_non_finite
+from search.checkpoints.header import ITEM_BYTES, is_floating, quoted
+from search.checkpoints.reading import INDEX, WEIGHTS
+from search.checkpoints.tensor_bytes import TORCH_NAMES, dtype_name, tensor_bytes
 from search.errors import UserError
-from search.fingerprint import CHUNK_BYTES, count_non_finite
-from search.safetensors_header import ITEM_BYTES, is_floating, quoted
-from search.tensor_bytes import TORCH_NAMES, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,7 @@ Written = list[tuple[str, str, tuple[int, ...], str]]
 """(name, dtype, shape, sha256 of the bytes) of every tensor."""
 
 
-def entries(
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], target: str | None
-) -> Iterator[Entry]:
+def entries(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], target: str | None) -> Iterator[Entry]:
     """What to write, in the order given; floating-point tensors in the `target` dtype, if there is one.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read without copies, checked, hashed and written whole or not at all."""
