@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CONFIG ?= examples/text.yaml
 SAMPLES ?= samples/text
+CONFIG ?= $(SAMPLES)/search.yaml
 READY := $(VENV)/.ready
 
 .PHONY: search test lint setup reference clean

@@ -26,23 +26,9 @@ REFERENCE = ROOT / "results" / "reference"
 
 def search(seed: int, samples: Path, results: Path) -> dict[str, Any]:
     """The verdict of one search, as `meiosis search --json` prints it."""
-    moved = [f"models.base={samples / 'base'}"]
-    for domain in ("python", "english", "cpp"):
-        moved.append(f"models.sources.{domain}={samples / domain}")
-        moved += [
-            f"evaluators.{domain}.data.{pool}={samples / 'data' / domain / pool}.jsonl"
-            for pool in ("search", "select", "certify")
-        ]
-    settings = [f"--set={item}" for item in (*moved, f"seed={seed}", f"results={results}")]
-    command = [
-        MEIOSIS,
-        "search",
-        str(ROOT / "examples" / "text.yaml"),
-        "--run",
-        f"seed-{seed}",
-        "--json",
-        *settings,
-    ]
+    settings = [f"--set=seed={seed}", f"--set=results={results}"]
+    config = str(samples / "search.yaml")
+    command = [MEIOSIS, "search", config, "--run", f"seed-{seed}", "--json", *settings]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_config_that_is_explained_is_the_one_that_make_search_runs() -> None:
-    example = yaml.safe_load((ROOT / "examples" / "text.yaml").read_text())
+    example = yaml.safe_load((ROOT / "meiosis" / "samples" / "text.yaml").read_text())
     assert example in [yaml.safe_load(block) for block in blocks("yaml")]
 
 

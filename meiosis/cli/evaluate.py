@@ -9,7 +9,7 @@ import click
 from meiosis.cli.common import debug_option, json_option, note, out, print_json
 
 
-@click.command("evaluate", epilog="Example: meiosis evaluate samples/text/python --config examples/text.yaml")
+@click.command("evaluate", epilog="Example: meiosis evaluate samples/text/python --config samples/text/search.yaml")
 @click.argument("model")
 @click.option("--config", "config", required=True, type=click.Path(path_type=Path), help="Whose evaluators to use.")
 @click.option(

@@ -58,7 +58,7 @@ class _Commands(click.Group):
     cls=_Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: meiosis search examples/text.yaml",
+    epilog="Example: meiosis search samples/text/search.yaml",
 )
 @click.version_option(__version__, prog_name="meiosis")
 @click.pass_context

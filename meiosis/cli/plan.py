@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MIB = 2**20
 
 
-@click.command("plan", epilog="Example: meiosis plan examples/text.yaml")
+@click.command("plan", epilog="Example: meiosis plan samples/text/search.yaml")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option

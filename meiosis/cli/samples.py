@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
 
+import meiosis.samples
 from meiosis.cli.common import debug_option, note, out
 
 
@@ -27,4 +29,9 @@ def text(folder: Path, seed: int) -> None:
     from meiosis.samples.text import make_text_family
 
     make_text_family(folder, seed=seed, report=note)
-    out().print(f"Sample models: {folder}", soft_wrap=True)
+    config = folder / "search.yaml"
+    if not config.exists():
+        shutil.copy(Path(meiosis.samples.__file__).with_name("text.yaml"), config)
+    console = out()
+    console.print(f"Sample models: {folder}", soft_wrap=True)
+    console.print(f"Search them with: meiosis search {config}", soft_wrap=True)

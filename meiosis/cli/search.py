@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from search.run import Finished
 
 
-@click.command("search", epilog="Example: meiosis search examples/text.yaml --run first --workers 2")
+@click.command("search", epilog="Example: meiosis search samples/text/search.yaml --run first --workers 2")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="Name of the run; by default the name in the config and the time.")
 @click.option("--budget", type=int, help="Candidates to evaluate, generation 0 included.")
