@@ -106,6 +106,8 @@ class Driver:
         while len(self._open) < self.limits.window and len(self.population.candidates) < self.limits.budget:
             candidate = self.population.ask()
             if candidate is None:
+                if not self._open:
+                    raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
                 return
             self.history.append(ask_event(candidate))
             self._first_with_recipe.setdefault(candidate.recipe.hash, candidate.id)
@@ -122,6 +124,8 @@ class Driver:
             self._workers().submit(Job(candidate.id, candidate.recipe, items, hash_weights=items != "search"))
         elif original in self.trials:
             self._arrived[key] = _copy(outcome_of(self.trials[original]), key)
+        elif original in self._arrived:
+            self._arrived[key] = _copy(self._arrived[original], key)
         elif original in self._open:
             self._copies.setdefault(original, []).append(key)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -28,10 +27,12 @@ def text(folder: Path, seed: int) -> None:
     """
     from meiosis.samples.text import make_text_family
 
-    make_text_family(folder, seed=seed, report=note)
     config = folder / "search.yaml"
-    if not config.exists():
-        shutil.copy(Path(meiosis.samples.__file__).with_name("text.yaml"), config)
+    # What the user made of the config survives when the models are trained anew.
+    source = config if config.exists() else Path(meiosis.samples.__file__).with_name("text.yaml")
+    text_of_config = source.read_text()
+    make_text_family(folder, seed=seed, report=note)
+    config.write_text(text_of_config)
     console = out()
     console.print(f"Sample models: {folder}", soft_wrap=True)
     console.print(f"Search them with: meiosis search {config}", soft_wrap=True)
