@@ -10,7 +10,9 @@ READY := $(VENV)/.ready
 .PHONY: search test lint setup reference clean
 
 search: setup
+ifeq ($(CONFIG),$(SAMPLES)/search.yaml)
 	$(BIN)/meiosis samples text $(SAMPLES)
+endif
 	$(BIN)/meiosis search $(CONFIG)
 
 test: setup
@@ -29,7 +31,8 @@ reference: setup
 
 setup: $(READY)
 
-# torch comes first and by its exact pin: a range would bring several gigabytes of CUDA packages.
+# torch comes first and by its exact pin, so that nothing else chooses its version. Which build that is (CPU or
+# CUDA) is up to pip's index: for the small CPU build, set PIP_EXTRA_INDEX_URL to PyTorch's CPU index.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Meiosis needs Python 3.11 or later; call make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

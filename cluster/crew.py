@@ -21,6 +21,8 @@ from search.pool import Job, WorkerPlan
 
 START_SECONDS = 300.0
 """Time for a worker's process to come up, where it does not have to wait for room."""
+CHECK_SECONDS = 60.0
+"""Time for an idle worker to answer; its machine may be busy with swapping."""
 BUILD_SECONDS = 900.0
 """Time for a worker to load its models and evaluators."""
 FOREVER = float("inf")
@@ -46,13 +48,18 @@ class Entry:
 
 @dataclass(eq=False)
 class Slot:
-    """A worker. `call` is the one call in flight; at `deadline` (monotonic seconds) it is killed."""
+    """A worker. `call` is the one call in flight; at `deadline` (monotonic seconds) it is killed.
+
+    `checking` is the phase between idle and working: a job waits until the worker answers, so that one that
+    died while it was idle does not count against the job. `seen` is when it returned its last outcome.
+    """
 
     name: str
     actor: Any
     call: Any
     deadline: float
-    phase: Literal["starting", "building", "idle", "working"] = "starting"
+    phase: Literal["starting", "building", "idle", "checking", "working"] = "starting"
+    seen: float = -FOREVER
     node: str = ""
     entry: Entry | None = None
 
@@ -89,6 +96,7 @@ class Crew:
                 f"and the largest node has {_largest('CPU'):g} CPU, that with most GPUs {_largest('GPU'):g}"
             )
         self.identity = handshake.identity()
+        self.evaluators = handshake.evaluator_sources(plan.evaluators)
         self._setup = pickle.dumps((body, plan))
         self._shards = pickle.dumps(shard_refs(plan.models))
         self._surroundings = vars(
@@ -113,7 +121,7 @@ class Crew:
         return Slot(f"worker-{next(self._numbers)}", actor, call, deadline)
 
     def build(self, slot: Slot, now: float) -> None:
-        """Let a worker construct its body; the call returns None or a `StartError`."""
+        """Let a worker construct its body; the call returns `Built` or a `StartError`."""
         slot.phase, slot.deadline = "building", now + BUILD_SECONDS
         slot.call = slot.actor.build.remote(self._setup)
 
@@ -141,6 +149,8 @@ def reason(error: BaseException) -> str:
 
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "it does not answer any more"
+    if isinstance(error, ray.exceptions.ObjectLostError):
+        return "its result was lost with the node that held it"
     text = str(error)
     if "unexpectedly exits with a connection error" in text:
         return "its process died: killed, out of memory, or crashed"

@@ -2,7 +2,9 @@
 
 Our packages have common names (`search`, `evaluators`), so "it imports" proves nothing: a folder of
 that name, or another version on another node, would silently score other merges. Before the first
-trial every worker says what it would run, and a difference stops the run.
+trial every worker says what it would run, and a difference stops the run. The same holds for
+evaluators that are not ours: of them the files of their classes are compared, and a file that they
+call a function of; what those import is not.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import importlib.util
 import platform
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from evaluators.base import EvaluatorSpec
+from evaluators.registry import EVALUATORS
 from search.errors import WorkerError
 
 PACKAGES = ("meiosis", "cluster", "search", "evaluators")
@@ -26,7 +30,7 @@ LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Package:
-    """One of our packages as a process imports it: its folder, and the sha256 of its source files."""
+    """Code as a process imports it: where it is, and the sha256 of its source files."""
 
     folder: str
     sha256: str
@@ -73,6 +77,36 @@ def compare(driver: Identity, worker: Identity, name: str) -> None:
             )
 
 
+def evaluator_sources(specs: Iterable[EvaluatorSpec]) -> dict[str, Package]:
+    """Name of an evaluator -> its source beyond our own packages; that of ours hashes to the same everywhere.
+
+    Raises:
+        UserError: an evaluator cannot be imported.
+    """
+    found = {}
+    for spec in specs:
+        files = [*_class_files(EVALUATORS.get(spec.use)), *_function_files(spec)]
+        digest = hashlib.sha256()
+        for file in files:
+            source = file.read_bytes()
+            digest.update(f"{file.name}\0{len(source)}\0".encode())
+            digest.update(source)
+        found[spec.name] = Package(str(files[-1]) if files else "the evaluators of Meiosis", digest.hexdigest())
+    return found
+
+
+def compare_evaluators(driver: Mapping[str, Package], worker: Mapping[str, Package], name: str, node: str) -> None:
+    """Do nothing if the evaluators of both are the same. Raises `WorkerError` as `compare` does."""
+    for evaluator, ours in driver.items():
+        theirs = worker[evaluator]
+        if theirs.sha256 != ours.sha256:
+            raise WorkerError(
+                f"{name} on node {node} has another evaluator '{evaluator}': sha256 {theirs.sha256[:16]} in "
+                f"{theirs.folder}, expected {ours.sha256[:16]} as in {ours.folder}; install the same on every "
+                "node, and do not change its files during a run"
+            )
+
+
 def locations() -> dict[str, str]:
     """Package -> folder that this process imports it from."""
     return {name: folder for name in PACKAGES if (folder := _folder(name))}
@@ -93,6 +127,21 @@ def _folder(package: str) -> str:
         spec = importlib.util.find_spec(package)
         paths = list(spec.submodule_search_locations or ()) if spec is not None else []
     return str(Path(paths[0]).absolute()) if paths else ""
+
+
+def _class_files(evaluator: type) -> list[Path]:
+    """Files of a class and of those that it inherits from, but for ours and those of Python."""
+    modules = {cls.__module__ for cls in evaluator.__mro__}
+    known = {*PACKAGES, *sys.stdlib_module_names}
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in modules if name.split(".")[0] not in known]
+    return sorted(Path(file) for file in files if file is not None and file.endswith(".py"))
+
+
+def _function_files(spec: EvaluatorSpec) -> Sequence[Path]:
+    """Files of options such as `path/to/file.py:name`."""
+    texts = [value for value in spec.options.values() if isinstance(value, str)]
+    places = [Path(text.rpartition(":")[0]) for text in texts]
+    return [place for place in places if place.suffix == ".py" and place.is_file()]
 
 
 def _package(name: str) -> Package:

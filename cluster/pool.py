@@ -3,7 +3,8 @@
 Ray's own retries lose results and run candidates twice (calls queued on an actor die with it), and a
 running call cannot be cancelled. So actors never restart, each has one call in flight, and this
 loop does the rest: it starts a job again when its worker died, kills what is overdue, replaces the
-dead, and gives up on a candidate that took two workers down.
+dead, and gives up on a candidate that took two workers down. An attempt counts only if the worker was
+alive when it got the job.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from cluster import handshake
 from cluster.crew import (
     BUILD_SECONDS,
+    CHECK_SECONDS,
     FOREVER,
     START_SECONDS,
     Crew,
@@ -30,7 +32,7 @@ from cluster.crew import (
     several_nodes,
 )
 from cluster.local_ray import open_session
-from cluster.worker import Greeting, StartError
+from cluster.worker import Built, Greeting, StartError
 from evaluators.base import ItemPool
 from search.errors import UserError, WorkerError
 from search.local_pool import DEFAULT_BODY, checked, failed, one_line
@@ -39,7 +41,11 @@ from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
 START_DEATHS = 3
-"""After so many workers in a row that died before their first job, something is wrong for good."""
+"""After so many workers in a row that could not start, something is wrong for good. So it is when all workers
+died that often while they were idle, and none of them lived to take a job."""
+MOMENT_SECONDS = 1.0
+"""A worker that returned an outcome so recently gets the next job without being asked whether it is alive:
+it would have nothing to do while the driver records that outcome."""
 POLL_SECONDS = 0.5
 """Longest time inside Ray, so that signal handlers run."""
 GATHER_SECONDS = 60.0
@@ -71,7 +77,8 @@ class RayPool:
         working_folder: existing folder of the run; `ray.log` in it takes what Ray prints.
         address: `host:port` of a Ray cluster to join; None: start Ray on this machine, or use the one
             that this process has.
-        trial_seconds: time limit of one attempt at a job; None: none.
+        trial_seconds: time limit of one attempt at a job; None: none. What operators prepare once per node
+            falls into the first attempts that use them.
         gpus_per_worker: GPUs that each worker gets, may be a fraction.
         body: class of the worker's body as `module:Class`.
         report: called with one line when something about the workers is worth telling.
@@ -105,7 +112,7 @@ class RayPool:
         self._suspects: list[_Suspect] = []
         self._done: list[Outcome] = []
         self._slots: list[Slot] = []
-        self._start_deaths = self._expected = 0
+        self._start_deaths = self._idle_deaths = self._expected = 0
         self._gathered = self._all_up = self._closed = False
         self._report("starting Ray" if address is None else f"joining Ray at {address}")
         self._session = open_session(
@@ -136,7 +143,7 @@ class RayPool:
     @property
     def busy(self) -> int:
         """How many of them have a job."""
-        return sum(slot.phase == "working" for slot in self._slots)
+        return sum(slot.entry is not None for slot in self._slots)
 
     def ready(self) -> None:
         """Wait until the workers that the cluster can hold are up.
@@ -152,11 +159,11 @@ class RayPool:
         """Queue a job.
 
         Raises:
-            ValueError: a job with this key is under way already, or the pool is closed.
+            ValueError: a job with this key is under way already or was not collected yet, or the pool is closed.
         """
         if self._closed:
             raise ValueError("this pool is closed")
-        if any(entry.job.key == job.key for entry in self._under_way()):
+        if job.key in {*(entry.job.key for entry in self._under_way()), *(outcome.key for outcome in self._done)}:
             raise ValueError(f"job {job.key} was submitted twice")
         try:
             message = pickle.dumps(job)
@@ -212,7 +219,7 @@ class RayPool:
         return [entry for entry in entries if not entry.cancelled]
 
     def _up(self) -> int:
-        return sum(slot.phase in ("idle", "working") for slot in self._slots)
+        return sum(slot.phase in ("idle", "checking", "working") for slot in self._slots)
 
     def _gather(self) -> bool:
         """Whether jobs may start: every worker there is room for has passed the handshake."""
@@ -242,8 +249,8 @@ class RayPool:
             time.sleep(seconds)
         now = time.monotonic()
         for slot in [slot for slot in self._slots if slot.deadline < now]:
-            starts = {"starting": START_SECONDS, "building": BUILD_SECONDS}
-            limit = starts.get(slot.phase, self._trial_seconds)
+            limits = {"starting": START_SECONDS, "building": BUILD_SECONDS, "checking": CHECK_SECONDS}
+            limit = limits.get(slot.phase, self._trial_seconds)
             self._lost(slot, f"not done after {limit:g} s", "timeout")
         self._judge_suspects()
         self._dispatch()
@@ -253,10 +260,17 @@ class RayPool:
         if not self._queue or not self._gather():
             return
         for slot in [slot for slot in self._slots if slot.phase == "idle"][: len(self._queue)]:
-            entry = self._queue.pop(0)
-            slot.entry, entry.attempts = entry, entry.attempts + 1
-            slot.phase, slot.deadline = "working", time.monotonic() + self._trial_seconds
-            slot.call = slot.actor.run.remote(entry.message)
+            slot.entry = self._queue.pop(0)
+            now = time.monotonic()
+            if now - slot.seen < MOMENT_SECONDS:
+                self._start(slot, slot.entry)
+            else:
+                slot.phase, slot.deadline, slot.call = "checking", now + CHECK_SECONDS, slot.actor.check.remote()
+
+    def _start(self, slot: Slot, entry: Entry) -> None:
+        entry.attempts += 1
+        slot.phase, slot.deadline = "working", time.monotonic() + self._trial_seconds
+        slot.call = slot.actor.run.remote(entry.message)
 
     def _arrived(self, slot: Slot) -> None:
         """Take what a worker's call returned, and move the worker on."""
@@ -264,15 +278,15 @@ class RayPool:
 
         try:
             message = pickle.loads(ray.get(slot.call))  # noqa: S301 - written by our own worker
-        except ray.exceptions.RayActorError as error:
-            self._lost(slot, reason(error), "crash")
-            return
         except ray.exceptions.OutOfMemoryError:
             self._lost(slot, "Ray ended it because its node ran out of memory", "out_of_memory")
             return
         except Exception as error:  # noqa: BLE001 - becomes the failure of the trial, or of the start
-            # Scores whose classes this process cannot read, or a worker that lacks our packages.
-            self._lost(slot, reason(error), "error")
+            # What the worker's code raised, as where our packages are missing, and scores whose classes this
+            # process cannot read are errors. All else that Ray raises means that the process, its node or
+            # the result that lay on that node is gone.
+            died = isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
+            self._lost(slot, reason(error), "crash" if died else "error")
             return
         if slot.phase == "starting":
             assert isinstance(message, Greeting)
@@ -280,23 +294,29 @@ class RayPool:
             slot.node, slot.name = message.node_id, f"{slot.name}/{message.pid}"
             self._crew.build(slot, time.monotonic())
         elif slot.phase == "building":
-            assert message is None or isinstance(message, StartError)
+            assert isinstance(message, Built | StartError)
             self._built(slot, message)
+        elif slot.entry is not None and slot.phase == "checking" and not slot.entry.cancelled:
+            self._idle_deaths = 0
+            self._start(slot, slot.entry)
         elif slot.entry is not None:
-            self._finish(slot.entry, message, slot.name)
+            if slot.phase == "working":
+                self._finish(slot.entry, message, slot.name)
+                slot.seen = time.monotonic()
             slot.phase, slot.call, slot.entry, slot.deadline = "idle", None, None, FOREVER
 
-    def _built(self, slot: Slot, error: StartError | None) -> None:
-        if error is None:
+    def _built(self, slot: Slot, message: Built | StartError) -> None:
+        if isinstance(message, Built):
+            handshake.compare_evaluators(self._crew.evaluators, message.evaluators, slot.name, message.node)
             slot.phase, slot.call, slot.deadline = "idle", None, FOREVER
             self._start_deaths = 0
             if not self._all_up:
                 self._all_up = self._up() == self._workers
                 self._report(f"worker {self._up()}/{self._workers} ready")
-        elif error.explained is not None:
-            raise error.explained
+        elif message.explained is not None:
+            raise message.explained
         else:
-            self._lost(slot, error.message, "error", error.detail)
+            self._lost(slot, message.message, "error", message.detail)
 
     def _finish(self, entry: Entry, outcome: object, worker: str) -> None:
         if entry.cancelled:
@@ -314,24 +334,37 @@ class RayPool:
     def _lost(self, slot: Slot, why: str, kind: FailureKind, detail: str = "") -> None:
         """A worker is gone, or must go: replace it, and see what becomes of its job."""
         slot.kill()
-        if slot.entry is None:
+        if slot.phase == "checking":
+            self._idle_deaths += 1
+            self._stop_after(self._idle_deaths, START_DEATHS * self._workers, "died before they got a job", why)
+        elif slot.entry is None:
             self._start_deaths += 1
-            if self._start_deaths >= START_DEATHS:
-                error = WorkerError(f"{START_DEATHS} workers in a row could not start; the last one: {why}")
-                if detail:
-                    error.add_note(detail)
-                raise error
-        elif not slot.entry.cancelled:
-            self._retry_or_fail(slot.entry, slot, why, kind)
+            self._stop_after(self._start_deaths, START_DEATHS, "could not start", why, detail)
+        if slot.entry is not None and not slot.entry.cancelled:
+            if slot.phase == "checking":
+                self._put_back(slot.entry)
+            else:
+                self._retry_or_fail(slot.entry, slot, why, kind)
         self._slots[self._slots.index(slot)] = self._crew.hire(time.monotonic())
         self._report(f"{slot.name} is replaced: {why}")
+
+    def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:
+        if deaths >= most:
+            error = WorkerError(f"{most} workers in a row {what}; the last one: {why}")
+            if detail:
+                error.add_note(detail)
+            raise error
+
+    def _put_back(self, entry: Entry) -> None:
+        """Queue a job again, at its old place."""
+        bisect.insort(self._queue, entry, key=lambda queued: queued.order)
 
     def _retry_or_fail(self, entry: Entry, slot: Slot, why: str, kind: FailureKind) -> None:
         entry.lost_on.append("" if kind == "timeout" else slot.node)
         if kind == "error":
             self._fail(entry, Failure(kind, why), slot.name)
         elif len(entry.lost_on) < ATTEMPTS:
-            bisect.insort(self._queue, entry, key=lambda queued: queued.order)
+            self._put_back(entry)
         else:
             failure = Failure(kind, f"took down {len(entry.lost_on)} workers, the last time: {why}")
             wait = NODE_DEATH_SECONDS if several_nodes() and any(entry.lost_on) else 0.0
@@ -346,7 +379,7 @@ class RayPool:
             entry = suspect.entry
             entry.lost_on = [node for node in entry.lost_on if node not in dead]
             if len(entry.lost_on) < ATTEMPTS:
-                bisect.insort(self._queue, entry, key=lambda queued: queued.order)
+                self._put_back(entry)
             elif suspect.due <= time.monotonic():
                 self._fail(entry, suspect.failure, suspect.worker)
             else:

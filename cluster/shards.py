@@ -159,10 +159,17 @@ def node_folder() -> Path:
     """A folder for what the processes of one user share on one node.
 
     Raises:
-        WorkerError: the folder exists, but somebody else owns it.
+        WorkerError: it cannot be made, or somebody else owns it.
     """
     folder = Path(tempfile.gettempdir(), f"meiosis-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        why = "there is a file of that name" if folder.exists() else f"it cannot be made ({error.strerror})"
+        raise WorkerError(
+            f"node {socket.gethostname()}: {folder}: expected a folder that workers can share, but {why}; "
+            "remove what is in the way, or set TMPDIR to a folder that can be written"
+        ) from error
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise WorkerError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of your own")
     return folder

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import socket
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.handshake import Identity, identity
-from cluster.shards import attach, warm
+from cluster.handshake import Identity, Package, evaluator_sources, identity
+from cluster.shards import attach, node_folder, warm
 from search.errors import MeiosisError, UserError, WorkerError
 from search.local_pool import Body, failed, make_body, one_line, run_body
 from search.pool import Failure, Job, WorkerPlan
@@ -100,6 +101,9 @@ def actor_class() -> Any:
         def build(self, setup: bytes) -> bytes:
             return self._worker.build(setup)
 
+        def check(self) -> bytes:
+            return self._worker.check()
+
         def run(self, job: bytes) -> bytes:
             return self._worker.run(job)
 
@@ -131,20 +135,32 @@ class Worker:
         return pickle.dumps(Greeting(identity(), ray.get_runtime_context().get_node_id(), os.getpid()))
 
     def build(self, setup: bytes) -> bytes:
-        """Construct the body, while the models are read ahead. Pickled `None`, or the `StartError`."""
+        """Construct the body, while the models are read ahead. Pickled `Built`, or the `StartError`.
+
+        Unless the plan says otherwise, what operators prepare is shared by all workers of a node, also
+        of other runs: the files there are named by the content of the models.
+        """
         if self._fault is not None:
             return self._fault
         threading.Thread(target=_warm, args=(self._files,), daemon=True).start()
         try:
             body, plan = pickle.loads(setup)  # noqa: S301 - written by our own driver
             assert isinstance(plan, WorkerPlan)
+            if plan.prepared_folder is None:
+                plan = replace(plan, prepared_folder=str(node_folder() / "prepared"))
             self._body = make_body(body, plan)
             # Libraries that were loaded before the environment was set are limited here.
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(plan.threads)
+            # After the body loaded them: what is hashed is what runs.
+            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by the driver
             return _start_error(error)
+        return pickle.dumps(built)
+
+    def check(self) -> bytes:
+        """Nothing, to show that the worker is alive. Pickled `None`."""
         return pickle.dumps(None)
 
     def run(self, job: bytes) -> bytes:
@@ -166,6 +182,14 @@ class Greeting:
     identity: Identity
     node_id: str
     pid: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A worker can take jobs: on which node, and with which evaluators, see `handshake.evaluator_sources`."""
+
+    node: str
+    evaluators: Mapping[str, Package]
 
 
 def _warm(files: Sequence[Path]) -> None:

@@ -158,6 +158,6 @@ def _gather(logits: torch.Tensor, positions: Tokens, targets: Tokens) -> LogProb
         columns = torch.from_numpy(targets[start : start + step]).to(logits.device)
         chosen = logits[rows].to(dtype)
         wanted = chosen.gather(1, columns[:, None])[:, 0]
-        pieces.append((wanted - chosen.logsumexp(1)).double().cpu())
+        pieces.append((wanted - chosen.logsumexp(1)).cpu().double())  # there are devices without float64
     found: LogProbabilities = torch.cat(pieces).numpy()
     return found

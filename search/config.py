@@ -213,7 +213,13 @@ class ClusterConfig(_Section):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="dtype of the merged model; by default that of the base"
     )
-    trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation")
+    trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
+
+    @model_validator(mode="after")
+    def _local_has_no_cluster(self) -> Self:
+        if self.pool == "local" and (self.address is not None or self.gpus_per_worker):
+            raise ValueError("pool: local knows no address and no gpus_per_worker; use pool: ray, or leave them out")
+        return self
 
 
 class Config(_Section):

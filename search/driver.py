@@ -46,6 +46,7 @@ class Driver:
         limits: budget and window.
         report: is called with the state after every change.
         stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
+        failed: is told every failure, with its traceback.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Driver:
         limits: Limits,
         report: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
+        failed: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
-        self._spool, self._make_pool, self._report, self._stop = spool, pool, report, stop
+        self._spool, self._make_pool = spool, pool
+        self._report, self._stop, self._failed = report, stop, failed
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
         self._open: dict[Key, None] = {}
@@ -147,7 +150,7 @@ class Driver:
             for copy in self._copies.pop(outcome.key, []):
                 self._arrived[copy] = _copy(outcome, copy)
             if self._next_to_commit() != outcome.key:
-                self._spool.put(*outcome.key, trial_event(outcome, None))
+                self._spool.put(*outcome.key, trial_event(outcome, None, feasible=False))
         self._show()
 
     def _take_spooled(self) -> dict[Key, Outcome]:
@@ -169,8 +172,10 @@ class Driver:
     def _commit(self, key: Key) -> None:
         outcome = self._arrived.pop(key)
         metrics = None if outcome.failure else outcome.metrics
-        trial = trial_event(outcome, self.population.judge(metrics))
+        trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
         self.history.append(trial)
+        if outcome.failure:
+            self._failed(outcome)
         self._spool.drop(*outcome.key)
         self.trials[key] = trial
         del self._open[key]

@@ -40,5 +40,5 @@ def evaluate_model(
     recipe = Recipe(base=BASE, models=refs, rules=(soup_rule((BASE,)),), dtype=cluster.dtype)
     outcome = Evaluation(plan).run(Job(0, recipe, items))
     if outcome.failure:
-        raise MeiosisError(f"{model}: {outcome.failure.message}")
+        raise MeiosisError(f"{model}: {outcome.failure.message}") from RuntimeError(outcome.failure.detail)
     return dict(outcome.metrics)

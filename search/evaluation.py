@@ -50,14 +50,16 @@ class Evaluation:
         base = plan.models[plan.base]
         self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
         checkpoints = {name: open_checkpoint(ref.path) for name, ref in plan.models.items()}
+        sources = {name: CheckpointTensors(checkpoint) for name, checkpoint in checkpoints.items()}
         self._merger = Merger(
-            {name: CheckpointTensors(checkpoint) for name, checkpoint in checkpoints.items()},
+            sources,
             device=device,
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
             identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
         )
         self._names = tuple(checkpoints[plan.base].tensors)
         self._build()
+        self._model.check_holds(sources[plan.base])
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
         self._evaluators: dict[str, Evaluator] = {}
         for spec in plan.evaluators:
@@ -74,7 +76,11 @@ class Evaluation:
         self._merger.invalidate()
 
     def run(self, job: Job) -> Outcome:
-        """Evaluate one candidate; never raises for what the candidate or an evaluator did."""
+        """Evaluate one candidate; never raises for what the candidate or an evaluator did.
+
+        Raises:
+            DeviceLostError: the accelerator is of no use to this process any more.
+        """
         import torch
 
         if self._changed:
@@ -89,12 +95,19 @@ class Evaluation:
             merged = time.perf_counter()
             scores = self._score(job)
             metrics = self._aggregate(scores)
+            failed = None
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._merger.invalidate()
-            return self._failed(outcome, "out_of_memory", error, started, merged)
+            failed = self._failed(outcome, "out_of_memory", error, started, merged)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this trial
             self._merger.invalidate()
-            return self._failed(outcome, "error", error, started, merged)
+            failed = self._failed(outcome, "error", error, started, merged)
+            require_device(self._device)
+        if failed is not None:
+            # Only now: the traceback of the error held on to what it had allocated.
+            if torch.device(self._device).type == "cuda":
+                torch.cuda.empty_cache()
+            return failed
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         failure = Failure("not_finite", f"{bad[0]} is {metrics[bad[0]]}") if bad else None
         return Outcome(
@@ -127,7 +140,7 @@ class Evaluation:
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
                     # The same draws for every candidate: they are compared with each other.
-                    with seeded(derive_seed(self._seed, "evaluator", name)):
+                    with seeded(derive_seed(self._seed, "evaluator", name), self._device):
                         scores = Scores.join(list(evaluator.evaluate(model, items)))
                     found[name] = _complete(name, scores, items)
                     model.eval()
@@ -143,11 +156,14 @@ class Evaluation:
         return found
 
     def _aggregate(self, scores: Mapping[str, Scores]) -> dict[str, float]:
-        return {
-            f"{name}.{metric}": float(value)
-            for name, evaluator in self._evaluators.items()
-            for metric, value in evaluator.aggregate(scores[name]).items()
-        }
+        found: dict[str, float] = {}
+        for name, evaluator in self._evaluators.items():
+            metrics = evaluator.aggregate(scores[name])
+            missing = sorted(set(evaluator.metrics) - set(metrics))
+            if missing:
+                raise MeiosisError(f"evaluator '{name}' gave no '{missing[0]}', which it declares as a metric")
+            found |= {f"{name}.{metric}": float(value) for metric, value in metrics.items()}
+        return found
 
     @staticmethod
     def _failed(outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float) -> Outcome:
@@ -165,31 +181,91 @@ class Evaluation:
 def model_state(model: torch.nn.Module) -> dict[str, tuple[object, ...]]:
     """What an evaluator must leave alone: which tensors there are, where, how often written, and their bits.
 
-    Writes through `.data` are not counted by torch, so the bits are summed as whole numbers; that reads the
-    model once, which is little beside an evaluation of it.
+    Writes through `.data` are not counted by torch, so there is a checksum of the bits in their places. A
+    tensor in which a single number changed has another checksum; of other changes, an exchange of rows among
+    them, one in billions goes unseen. Reads the model once, which is little beside an evaluation of it.
     """
     import torch
 
     # Buffers that are not saved belong to the forward pass: some rotary embeddings replace theirs in it.
     tensors = model.state_dict()
-    sums = [_bit_sum(tensor) for tensor in tensors.values()]
-    summed = torch.stack(sums).tolist() if sums else []
+    checksums: dict[torch.device, _Checksum] = {}
+    found = []
+    for tensor in tensors.values():
+        if tensor.device not in checksums:
+            checksums[tensor.device] = _Checksum(tensor.device)
+        found.append(checksums[tensor.device](tensor))
+    # Taken from the device together: every single one would wait for it.
+    bits: list[int] = torch.stack([checksum.to(found[0].device) for checksum in found]).tolist() if found else []
     return {
-        name: (tensor.data_ptr(), tensor.dtype, tensor.shape, version_of(tensor), bits)
-        for (name, tensor), bits in zip(tensors.items(), summed, strict=True)
+        name: (tensor.data_ptr(), tensor.dtype, tensor.shape, version_of(tensor), bits_of_one)
+        for (name, tensor), bits_of_one in zip(tensors.items(), bits, strict=True)
     }
 
 
-def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, eight at a time as whole numbers, summed with overflow."""
+class _Checksum:
+    """Checksums of the bytes of tensors on one device, block by block, as whole numbers modulo 2^64.
+
+    The words x of a block are summed with a random odd weight each, and so are the blocks with the powers of
+    an odd number: other than a plain sum, this sees what moved. Not x itself, but x + floor(x / 2^32): a change of
+    the highest bit (the sign of a float) is 2^63 times the weight, which is the same for all odd weights.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        # Into the cache of a core, or enough work for an accelerator (two buffers of 32 MiB).
+        self._words = 1 << (17 if device.type == "cpu" else 22)
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randint(-(2**63), 2**63 - 1, (self._words,), generator=generator)
+        self._weights = weights.bitwise_or_(1).to(device)
+        self._buffer = torch.empty_like(self._weights)
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The checksum, a scalar on the device. Copies a tensor that is not contiguous, no other."""
+        import torch
+
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        for start in range(0, flat.numel(), 8 * self._words):
+            piece = flat[start : start + 8 * self._words]
+            if piece.numel() % 8:
+                piece = torch.nn.functional.pad(piece, (0, -piece.numel() % 8))
+            elif piece.storage_offset() % 8:
+                piece = piece.clone()
+            words = piece.view(torch.int64)
+            buffer = self._buffer[: words.numel()]
+            torch.bitwise_right_shift(words, 32, out=buffer).add_(words).mul_(self._weights[: words.numel()])
+            total.mul_(0x5851F42D4C957F2D).add_(buffer.sum())
+        return total
+
+
+class DeviceLostError(BaseException):
+    """The accelerator fails whatever this process asks of it: after an assertion in a kernel, say.
+
+    Not an `Exception`, which pools take for what a candidate did: this must end the process. The pool on Ray
+    replaces a worker whose call raises it; in the process of the driver it ends the run, which can go on.
+    """
+
+
+def require_device(device: str) -> None:
+    """Compute something small on the device of the live model.
+
+    Raises:
+        DeviceLostError: not even that is possible.
+    """
     import torch
 
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    whole = flat.numel() // 8 * 8
-    eights = flat[:whole]
-    if eights.storage_offset() % 8:
-        eights = eights.clone()
-    return eights.view(torch.int64).sum() + flat[whole:].sum()
+    if torch.device(device).type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(2, device=device).sum().item()
+    except RuntimeError as error:
+        raise DeviceLostError(
+            f"{device} fails whatever it is asked, until this process ends: {str(error).splitlines()[0]}; "
+            "the run can go on in a new one (meiosis resume)"
+        ) from error
 
 
 def resolve_device(device: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluators.base import ITEM_POOLS, ItemPool
@@ -82,22 +81,29 @@ def export_candidate(
     """
     trial = next((t for items in reversed(ITEM_POOLS) if (t := trials.get((candidate.id, items)))), None)
     card = model_card(candidate.recipe, setup.checkpoints["base"], candidate, trial, verdict, setup)
-    write_merge(candidate.recipe, setup.checkpoints, out, {"README.md": card}, overwrite=overwrite)
     expected = next(
         (t.weights_sha256 for (id_, _), t in trials.items() if id_ == candidate.id and t.weights_sha256), None
     )
-    written = fingerprint(open_checkpoint(out), cache=False)
-    try:
+
+    def verify(folder: Path) -> None:
+        written = fingerprint(open_checkpoint(folder), cache=False)
         refuse_non_finite(f"candidate {candidate.id}", written)
-    except CheckpointError:
-        shutil.rmtree(out)
-        raise
-    if expected is not None and written.sha256 != expected:
-        shutil.rmtree(out)  # what lies there counts as the export of the run
-        raise MeiosisError(
-            f"{out}: the exported tensors (sha256 {written.sha256[:12]}) are not those that were evaluated "
-            f"({expected[:12]}); this is a fault of this machine or of Meiosis, do not use the model"
-        )
+        if expected is not None and written.sha256 != expected:
+            raise MeiosisError(
+                f"{out}: the merged tensors (sha256 {written.sha256[:12]}) are not those that were evaluated "
+                f"({expected[:12]}); nothing was written. Export on the kind of device that evaluated them: "
+                f"arithmetic differs between devices ({setup.device} in the config)"
+            )
+
+    write_merge(
+        candidate.recipe,
+        setup.checkpoints,
+        out,
+        {"README.md": card},
+        overwrite=overwrite,
+        device=setup.device,
+        verify=verify,
+    )
     return out
 
 
@@ -108,11 +114,16 @@ def write_merge(
     extra_files: Mapping[str, str],
     *,
     overwrite: bool = False,
+    device: str = "cpu",
+    verify: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Merge and write; the same code path and the same bits as in a worker."""
+    """Merge and write; the same code path and, on the same kind of device, the same bits as in a worker."""
+    from search.evaluation import resolve_device
+
     donor = checkpoints[recipe.donor]
     merger = Merger(
         {name: CheckpointTensors(checkpoints[name]) for name in recipe.models},
+        device=resolve_device(device),
         identity={name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
     )
     write_checkpoint(
@@ -122,4 +133,5 @@ def write_merge(
         extra_files={"recipe.yaml": recipe.to_yaml(), **extra_files},
         dtype=recipe.dtype,
         overwrite=overwrite,
+        verify=verify,
     )

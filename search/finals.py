@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from evaluators.base import Evaluator
 from search.bootstrap import Bootstrap, holm
 from search.driver import Driver
 from search.errors import RunError
+from search.objective import Objective
 from search.population import SEARCHED, Candidate
 from search.store.events import End, Trial
 from search.trials import usable_metrics
 
 SIGNIFICANCE = 0.01
+FEWEST_DOCUMENTS = 10
+"""Certify documents per evaluator below which resampling them says little about others."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Row:
         label: origin of the candidate.
         candidate: its id.
         value: objective, smaller is better; low and high are its 95 % interval.
-        metrics: the metrics of the objective.
+        metrics: the metrics of the objective and of the constraints.
+        feasible: whether it keeps the constraints on these items.
         difference: objective of the winner minus this one (None for the winner itself).
         p: of that difference, corrected for the number of rows (Holm).
     """
@@ -40,6 +45,7 @@ class Row:
     low: float
     high: float
     metrics: Mapping[str, float]
+    feasible: bool = True
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
@@ -54,8 +60,9 @@ class Verdict:
         winner: id of the chosen candidate.
         label: its origin and number.
         searched: whether the optimiser found it, or it is a baseline that nothing beat on the select items.
-        best_baseline: label of the best baseline on the select items.
-        proven: whether the winner is better than every other row with corrected p below `SIGNIFICANCE`.
+        candidates_searched: how many candidates came from the optimiser.
+        best_baseline: label of the best baseline on the select items, None if none keeps the constraints.
+        documents: the smallest number of certify documents behind a metric of the objective.
         weights_sha256: hash of the winner's tensors, as they were evaluated.
         rows: baselines by value, the winner last.
         unavailable: labels of baselines that could not be evaluated.
@@ -64,27 +71,58 @@ class Verdict:
     winner: int
     label: str
     searched: bool
-    best_baseline: str
-    proven: bool
+    candidates_searched: int
+    best_baseline: str | None
+    documents: int
     weights_sha256: str
     rows: tuple[Row, ...]
     unavailable: tuple[str, ...] = ()
 
+    @property
+    def proven(self) -> bool:
+        """Whether the found merge is better than every row that keeps the constraints, beyond chance."""
+        return self._doubt() is None
+
     def sentence(self) -> str:
         """The verdict in words."""
-        others = [row for row in self.rows if row.p is not None and row.difference is not None]
+        missing = f" Not evaluated: {', '.join(self.unavailable)}." if self.unavailable else ""
+        doubt = self._doubt()
+        if doubt is not None:
+            return doubt + missing
+        kept = "" if all(row.feasible for row in self.rows) else " that keeps the constraints"
+        return (
+            f"The found merge beats every parent and every baseline{kept} "
+            f"(paired bootstrap, Holm, p < {SIGNIFICANCE:g}).{missing}"
+        )
+
+    def _doubt(self) -> str | None:
+        """Why the found merge is not proven better, or None."""
+        if not self.candidates_searched:
+            return f"Nothing was searched: the budget ends with generation 0. Its best, '{self.label}', is exported."
         if not self.searched:
             return f"No searched merge beat the baseline '{self.label}' on the select items; it is what is exported."
-        behind = [row.label for row in others if (row.difference or 0) >= 0]
+        if not self.rows[-1].feasible:
+            return "The found merge does not keep the constraints on the certify items."
+        rivals = [row for row in self.rows[:-1] if row.feasible and row.difference is not None and row.p is not None]
+        behind = [row.label for row in rivals if (row.difference or 0.0) >= 0]
         if behind:
             return f"The found merge does not beat {', '.join(behind)} on the certify items."
-        unproven = [row.label for row in others if row.p is not None and row.p >= SIGNIFICANCE]
+        if self.documents < FEWEST_DOCUMENTS:
+            return (
+                f"The found merge is ahead of every parent and baseline, but {self.documents} certify document(s) "
+                f"prove nothing; give at least {FEWEST_DOCUMENTS}."
+            )
+        unproven = [row.label for row in rivals if row.p is not None and row.p >= SIGNIFICANCE]
         if unproven:
             return (
                 f"The found merge is ahead of every parent and baseline, but against {', '.join(unproven)} "
                 f"that may be chance (p >= {SIGNIFICANCE:g})."
             )
-        return f"The found merge beats every parent and every baseline (paired bootstrap, Holm, p < {SIGNIFICANCE:g})."
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with what follows from it."""
+        return {**asdict(self), "proven": self.proven, "sentence": self.sentence()}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -111,7 +149,7 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
     best_baseline = _best(driver, baselines, selected)
     contenders = [c for c in (best_searched, best_baseline) if c is not None]
     winner = _best(driver, contenders, selected)
-    if winner is None or best_baseline is None:
+    if winner is None:
         raise RunError(
             "no candidate keeps the constraints and could be evaluated on the select items; loosen the constraints, "
             "or export one by number with `meiosis export RUN OUT --trial ID`"
@@ -158,7 +196,7 @@ def _verdict(
     driver: Driver,
     evaluators: Mapping[str, Evaluator],
     winner: Candidate,
-    best_baseline: Candidate,
+    best_baseline: Candidate | None,
     rivals: list[Candidate],
     certified: Mapping[int, Trial],
     seed: int,
@@ -172,32 +210,34 @@ def _verdict(
     value = {c.id: objective.value(certified[c.id].metrics) for c in shown}
     compared = {c.id: bootstrap.compare(winner.id, c.id, value[winner.id] - value[c.id]) for c in usable}
     corrected = dict(zip(compared, holm([comparison.p for comparison in compared.values()]), strict=True))
-    names = [term.metric for term in objective.terms]
+    names = list(dict.fromkeys([*(t.metric for t in objective.terms), *(c.metric for c in objective.constraints)]))
     rows = []
     for c in [*sorted(usable, key=lambda c: -value[c.id]), winner]:
         low, high = bootstrap.interval(c.id)
         metrics = {name: certified[c.id].metrics[name] for name in names}
         label = _label(c)
-        if c.id == winner.id:
-            rows.append(Row(label, c.id, value[c.id], low, high, metrics))
-        else:
+        feasible = objective.violation(metrics) == 0
+        row = Row(label, c.id, value[c.id], low, high, metrics, feasible)
+        if c.id != winner.id:
             d = compared[c.id]
-            rows.append(Row(label, c.id, value[c.id], low, high, metrics, d.difference, d.low, d.high, corrected[c.id]))
+            row = replace(row, difference=d.difference, difference_low=d.low, difference_high=d.high, p=corrected[c.id])
+        rows.append(row)
     return Verdict(
         winner=winner.id,
         label=_label(winner),
         searched=winner.origin == SEARCHED,
-        best_baseline=best_baseline.origin,
-        proven=winner.origin == SEARCHED
-        and all(
-            row.p < SIGNIFICANCE and row.difference < 0
-            for row in rows
-            if row.p is not None and row.difference is not None
-        ),
+        candidates_searched=sum(c.origin == SEARCHED for c in driver.population.candidates),
+        best_baseline=best_baseline.origin if best_baseline else None,
+        documents=_documents(evaluators, certified[winner.id], objective),
         weights_sha256=certified[winner.id].weights_sha256 or "",
         rows=tuple(rows),
         unavailable=tuple(c.origin for c in rivals if c not in usable),
     )
+
+
+def _documents(evaluators: Mapping[str, Evaluator], trial: Trial, objective: Objective) -> int:
+    names = {term.metric.partition(".")[0] for term in objective.terms}
+    return min(len({evaluators[name].document_of(item) for item in trial.scores[name].items}) for name in names)
 
 
 def _label(candidate: Candidate) -> str:

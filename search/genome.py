@@ -14,7 +14,7 @@ class Gene:
     """One searched number.
 
     Attributes:
-        name: `<group>.<source>.<parameter>`, or `<group>.<parameter>` for a shared one.
+        name: `<group>/<source>.<parameter>`, or `<group>/<parameter>` for a shared one.
         low, high: bounds of the value.
         initial: value at which the search starts.
         kind: `int` values are rounded, `bool` values are true from 0.5 on.

@@ -25,7 +25,8 @@ def model_card(
     """Markdown with the metadata block that the Hugging Face hub reads."""
     parents = sorted({name for rule in recipe.rules for name in rule.sources})
     metadata = {
-        "base_model": [_short(recipe.models[name].path) for name in parents],
+        # The hub reads these as repositories; folders of a machine are none.
+        "base_model": [path for name in parents if (path := _short(recipe.models[name].path)).count("/") == 1],
         "tags": ["merge", "meiosis"],
         "library_name": "transformers",
     }

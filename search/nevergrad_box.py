@@ -34,8 +34,11 @@ class NevergradBox:
 
     def __init__(self, make: Any, problem: Problem) -> None:
         ng, _ = import_nevergrad()
+        # With one dimension nevergrad's CMA asks for a package of its own choice: a second one that means nothing.
+        self._genes = len(problem.start)
+        start = problem.start if self._genes > 1 else np.append(problem.start, 0.5)
         # Bounds by clipping of the coordinate keep the box flat; nevergrad's own RandomState, never global.
-        array = ng.p.Array(init=problem.start.copy(), lower=0.0, upper=1.0)
+        array = ng.p.Array(init=start.copy(), lower=0.0, upper=1.0)
         array.random_state = np.random.RandomState(problem.seed)
         with _one_blas_thread():
             self._optimizer = make(array, budget=problem.budget, num_workers=problem.window)
@@ -49,9 +52,10 @@ class NevergradBox:
         with _one_blas_thread():
             if self._suggested:
                 # nevergrad's queue of suggestions is last in, first out: hand them over one by one.
-                self._optimizer.suggest(self._suggested.popleft())
+                suggested = self._suggested.popleft()
+                self._optimizer.suggest(suggested if self._genes > 1 else np.append(suggested, 0.5))
             candidate = self._optimizer.ask()
-        point = np.asarray(candidate.value, dtype=np.float64)
+        point = np.asarray(candidate.value, dtype=np.float64)[: self._genes]
         self._asked.setdefault(point.tobytes(), deque()).append(candidate)
         return point
 

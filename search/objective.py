@@ -89,6 +89,10 @@ class Objective:
             total += max(beyond, 0.0) / (abs(constraint.bound) or 1.0)
         return total
 
+    def feasible(self, metrics: Mapping[str, float] | None) -> bool:
+        """Whether all constraints are kept; needs no normalisation."""
+        return metrics is not None and self.violation(metrics) == 0
+
     def judge(self, metrics: Mapping[str, float] | None) -> Judgement:
         """The finite loss of a candidate; `None` stands for a failed evaluation."""
         if metrics is None:

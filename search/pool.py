@@ -23,13 +23,13 @@ class WorkerPlan:
     Attributes:
         models: model name -> folder and content hash.
         base: name of the model whose config and tokenizer the live model has.
-        operators: names of the operators to prepare for.
         evaluators: the evaluators of the config.
         device: torch device, or `auto` for a GPU where the worker has one.
         dtype: dtype of the live model, or None for that of the base.
         threads: torch threads on the CPU. Part of the run: sums of floats depend on it.
         seed: seed of the run.
-        prepared_folder: node-local folder in which workers share what `Operator.prepare` computed.
+        prepared_folder: node-local folder in which workers share what `Operator.prepare` computed. None
+            leaves it to the pool: on Ray a folder of each node, in this process memory alone.
     """
 
     models: Mapping[str, ModelRef]

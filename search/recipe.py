@@ -36,7 +36,9 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tensors: tuple[str, ...] = Field(("*",), min_length=1, description="tensor names; `*` and `?` are wild cards")
+    tensors: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="tensor names; `*`, `?` and `[...]` are wild cards"
+    )
     operator: str = Field(description="a name from `meiosis operators`")
     sources: dict[str, dict[str, Value]] = Field(
         min_length=1, description="model name -> parameters of that model, in the operator's order of inputs"
@@ -79,6 +81,7 @@ class Recipe(BaseModel):
             RecipeError: a tensor that no rule matches, or a rule that matches no tensor.
         """
         exact: dict[str, int] = {}
+        used: set[tuple[int, str]] = set()
         wild: list[tuple[int, str]] = []
         for index, rule in enumerate(self.rules):
             for pattern in rule.tensors:
@@ -89,7 +92,9 @@ class Recipe(BaseModel):
         names = list(tensor_names)
         assigned: dict[str, Rule] = {}
         for name in names:
-            matches = [index for index, pattern in wild if fnmatch.fnmatchcase(name, pattern)]
+            found = [(index, pattern) for index, pattern in wild if fnmatch.fnmatchcase(name, pattern)]
+            used.update(found)
+            matches = [index for index, _ in found]
             if name in exact:
                 matches.append(exact[name])
             if not matches:
@@ -98,6 +103,9 @@ class Recipe(BaseModel):
         missing = sorted(set(exact) - set(names))
         if missing:
             raise RecipeError(f"rules[{exact[missing[0]]}].tensors: the models have no tensor '{missing[0]}'")
+        idle = [(index, pattern) for index, pattern in wild if (index, pattern) not in used]
+        if idle:
+            raise RecipeError(f"rules[{idle[0][0]}].tensors: no tensor of the models matches '{idle[0][1]}'")
         return assigned
 
     def canonical(self) -> dict[str, Any]:

@@ -6,13 +6,8 @@ holds, so a new run is a resumed one with an empty history.
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +16,18 @@ from search.driver import Driver, Key, Limits, replay
 from search.errors import InterruptedRun, RunError, UserError
 from search.export import export_candidate
 from search.finals import Verdict, finish
-from search.pool import Pool, WorkerPlan
+from search.manifest import changed_versions, make_manifest, read_manifest
+from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.progress import Progress
 from search.report import write_report
-from search.setup import Setup, check, window
+from search.setup import Setup, check
 from search.stopping import stop_requests
 from search.store.events import End, Event, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
 from search.store.spool import Spool
 from search.yaml_source import YamlSource
-
-FORMAT = 1
-PACKAGES = ("torch", "transformers", "nevergrad", "cma", "numpy", "ray", "pyarrow", "safetensors")
 
 MakePool = Callable[[Setup, WorkerPlan, Path], Pool]
 """Makes the workers of a run: setup, plan for the workers, and a folder that the run owns."""
@@ -77,7 +70,7 @@ def start(setup: Setup, make_pool: MakePool, watcher: Watcher, name: str | None 
         UserError: a run of that name exists.
         InterruptedRun: the user stopped it; it can be resumed.
     """
-    folder = RunFolder.create(Path(setup.config.results), name, _manifest(setup))
+    folder = RunFolder.create(Path(setup.config.results), name, make_manifest(setup))
     return _carry_on(setup, folder, make_pool, watcher)
 
 
@@ -99,9 +92,9 @@ def resume(
 
 def load_setup(folder: RunFolder, watcher: Watcher, changes: Mapping[str, Any] | None = None) -> Setup:
     """The setup of a run from its folder, with sources and data verified by hash."""
-    manifest = folder.manifest()
-    if manifest.get("format") != FORMAT:
-        raise RunError(f"{folder.path / 'run.yaml'}: format {manifest.get('format')!r}, this Meiosis reads {FORMAT}")
+    manifest = read_manifest(folder)
+    for line in changed_versions(manifest):
+        watcher.line(line)
     config = dict(manifest["config"])
     config["cluster"] = {**config["cluster"], **(changes or {})}
     import yaml
@@ -140,7 +133,7 @@ def make_population(setup: Setup, in_flight: int) -> Population:
 
 def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Watcher) -> Finished:
     search = setup.config.search
-    in_flight = int(folder.manifest()["window"])
+    in_flight = int(read_manifest(folder)["window"])
     with folder.lock(), History.open(folder.history) as history, stop_requests(watcher.line) as stop:
         if history.recovered:
             watcher.line(history.recovered)
@@ -148,11 +141,20 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
         def pool() -> Pool:
             working = folder.path / "workers"
             working.mkdir(exist_ok=True)
-            return make_pool(setup, setup.worker_plan(str(working / "prepared")), working)
+            return make_pool(setup, setup.worker_plan(), working)
 
         limits = Limits(search.budget, in_flight, ordered=search.order == "ordered")
         population = make_population(setup, in_flight)
-        driver = Driver(population, history, Spool(folder.spool), pool, limits, watcher.progress, stop)
+
+        def failed(outcome: Outcome) -> None:
+            assert outcome.failure is not None
+            with folder.log.open("a", encoding="utf-8") as log:
+                log.write(f"candidate {outcome.candidate} on {outcome.items} items: {outcome.failure.message}\n")
+                log.write(outcome.failure.detail + "\n")
+
+        driver = Driver(
+            population, history, Spool(folder.spool), pool, limits, watcher.progress, stop=stop, failed=failed
+        )
         try:
             ended = _ended(history.events())
             if ended is None:
@@ -178,23 +180,6 @@ def _ended(events: Iterable[Event]) -> Verdict | None:
     return next((Verdict.from_json(event.verdict) for event in events if isinstance(event, End)), None)
 
 
-def _manifest(setup: Setup) -> dict[str, Any]:
-    config = setup.config
-    return {
-        "format": FORMAT,
-        "name": config.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "window": window(config),
-        "models": {name: ref.model_dump(mode="json") for name, ref in setup.models.items()},
-        "data_sha256": dict(setup.data_sha256),
-        "genes": [gene.name for gene in setup.space.genes],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "config": config.model_dump(mode="json"),
-    }
-
-
 def export_trial(
     folder: RunFolder, out: Path, trial: int | None, watcher: Watcher, *, overwrite: bool = False
 ) -> Candidate:
@@ -211,7 +196,7 @@ def export_trial(
     setup = load_setup(folder, watcher)
     events = folder.events()
     ended = _ended(events)
-    population = make_population(setup, int(folder.manifest()["window"]))
+    population = make_population(setup, int(read_manifest(folder)["window"]))
     trials = replay(events, population)
     if trial is None:
         trial = ended.winner if ended is not None else _best_so_far(trials, folder)
@@ -222,7 +207,8 @@ def export_trial(
             else f"run {folder.name} has no trials yet"
         )
     candidate = population.candidates[trial]
-    export_candidate(setup, candidate, trials, out, verdict=ended, overwrite=overwrite)
+    verdict = ended if ended is not None and ended.winner == trial else None
+    export_candidate(setup, candidate, trials, out, verdict=verdict, overwrite=overwrite)
     return candidate
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -15,21 +19,52 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
     """Run a block with the global generators of torch, NumPy and Python at `seed`, and put them back after it.
 
     For code of others that draws from them: what it draws must not depend on what ran before.
+
+    Args:
+        seed: 32 bits.
+        device: where else than on the CPU the block may draw. Other devices are not touched: asking one for
+            the state of its generator makes a context on it, which takes hundreds of megabytes.
     """
     import numpy as np
     import torch
 
     before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with _forked(torch.device(device)) as generators:
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        for seed_one in generators:
+            seed_one(seed)
         try:
             yield
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+@contextmanager
+def _forked(device: torch.device) -> Iterator[tuple[Callable[[int], object], ...]]:
+    """What seeds torch's generators on the CPU and on `device`; both are put back afterwards."""
+    import torch
+
+    # Not `torch.manual_seed`, which seeds all devices.
+    on_cpu = torch.default_generator.manual_seed
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield (on_cpu,)
+        return
+    module = torch.get_device_module(device.type)
+    if device.type == "mps":  # the only one of its kind: its functions take no device
+        state = module.get_rng_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield on_cpu, module.manual_seed
+        finally:
+            module.set_rng_state(state)
+        return
+    index = module.current_device() if device.index is None else device.index
+    with torch.random.fork_rng(devices=[index], device_type=device.type), module.device(index):
+        yield on_cpu, module.manual_seed

@@ -113,10 +113,16 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     config = loaded.config
     evaluators = _evaluators(loaded, faults)
     metrics = _metrics(evaluators)
-    _check_metrics(config, metrics, set(evaluators), faults)
+    _check_metrics(loaded, metrics, set(evaluators), faults)
     for index, name in enumerate(config.search.baselines):
         if name not in BASELINES.names():
             faults.add(("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}")
+    smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
+    if config.search.budget < smallest:
+        faults.add(
+            ("search", "budget"),
+            f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
+        )
     make_optimizer: MakeOptimizer | None = None
     try:
         make_optimizer = optimizer_named(config.search.optimizer.name)
@@ -221,7 +227,9 @@ def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
     return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
 
 
-def _check_metrics(config: Config, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:
+def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:
+    config = loaded.config
+
     def look_at(metric: str, location: Location) -> None:
         evaluator = metric.partition(".")[0]
         # An evaluator that could not be made has been reported; its metrics are unknown, not wrong.
@@ -229,7 +237,8 @@ def _check_metrics(config: Config, metrics: Mapping[str, Metric], working: set[s
             faults.add(location, f"no evaluator gives '{metric}'{nearest(metric, metrics)}")
 
     for index, term in enumerate(config.objectives.terms):
-        look_at(term.metric, ("objectives", index))
+        as_list = isinstance(loaded.source.data["objectives"], list)
+        look_at(term.metric, ("objectives", index) if as_list else ("objectives", "terms", index))
     for index, constraint in enumerate(config.constraints):
         look_at(constraint.metric, ("constraints", index))
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from search.errors import MeiosisError
 from search.finals import Verdict
+from search.manifest import read_manifest
 from search.store.events import Ask, End, Trial
 from search.store.run_folder import RunFolder
 
@@ -41,9 +43,21 @@ class RunStatus:
     model: str | None = None
 
 
+def status_or_damage(folder: RunFolder) -> RunStatus:
+    """The state of a run, or what is wrong with its folder, for lists that must not end at one bad run."""
+    try:
+        return run_status(folder)
+    except MeiosisError as error:
+        return RunStatus(folder.name, str(folder.path), f"damaged: {error}", 0, 0)
+
+
 def run_status(folder: RunFolder) -> RunStatus:
-    """Read the state of a run."""
-    manifest = folder.manifest()
+    """Read the state of a run.
+
+    Raises:
+        MeiosisError: `run.yaml` or the history is damaged.
+    """
+    manifest = read_manifest(folder)
     events = folder.events()
     origins = {event.candidate: event.origin for event in events if isinstance(event, Ask)}
     trials = [event for event in events if isinstance(event, Trial)]

@@ -18,21 +18,29 @@ def stop_requests(report: Callable[[str], None]) -> Iterator[Callable[[], bool]]
     A second Ctrl-C raises `KeyboardInterrupt` at once: what is recorded stays recorded, a record that is
     being written is taken back. Outside of the main thread, where Python allows no handlers, nothing changes.
     """
-    asked = False
+    asked = said = False
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
         asked = True
-        report("stopping: what is recorded is safe; press Ctrl-C again to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: asked
+        yield lambda: False
         return
+
+    def stop() -> bool:
+        # Said here and not in the handler, which may have interrupted another line.
+        nonlocal said
+        if asked and not said:
+            said = True
+            report("stopping: what is recorded is safe; press Ctrl-C again to stop at once")
+        return asked
+
     before = {number: signal.signal(number, handler) for number in STOPPING}
     try:
-        yield lambda: asked
+        yield stop
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -24,14 +24,14 @@ def ask_event(candidate: Candidate) -> Ask:
     )
 
 
-def trial_event(outcome: Outcome, judgement: Judgement | None) -> Trial:
-    """The record of a result."""
+def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -> Trial:
+    """The record of a result; no judgement while the parents that normalise the loss are not all known."""
     return Trial(
         candidate=outcome.candidate,
         items=outcome.items,
         metrics=dict(outcome.metrics),
         loss=judgement.loss if judgement else None,
-        feasible=judgement.feasible if judgement else False,
+        feasible=feasible,
         scores=dict(outcome.scores),
         failure_kind=outcome.failure.kind if outcome.failure else None,
         failure_message=outcome.failure.message if outcome.failure else "",

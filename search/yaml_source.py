@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,11 @@ class YamlSource:
                 break
         return f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
 
-    def _repeated(self, node: yaml.Node, location: Location) -> Iterable[str]:
+    def _repeated(self, node: yaml.Node, location: Location, above: Set[int] = frozenset()) -> Iterable[str]:
+        if id(node) in above:
+            yield f"{self.name}: {'.'.join(map(str, location))}: an alias that contains itself"
+            return
+        above = {*above, id(node)}
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
@@ -119,10 +123,10 @@ class YamlSource:
                     mark = key.start_mark
                     yield f"{self.name}:{mark.line + 1}:{mark.column + 1}: {'.'.join(map(str, here))}: stands twice"
                 seen.add(key.value)
-                yield from self._repeated(value, here)
+                yield from self._repeated(value, here, above)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                yield from self._repeated(value, (*location, index))
+                yield from self._repeated(value, (*location, index), above)
 
 
 _NOTHING: Any = object()

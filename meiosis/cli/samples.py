@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import meiosis.samples
-from meiosis.cli.common import debug_option, note, out
+from meiosis.cli.common import debug_option, json_option, note, out, print_json
 
 
 @click.group("samples", no_args_is_help=False, epilog="Example: meiosis samples text samples/text")
@@ -18,8 +18,9 @@ def command() -> None:
 @command.command("text", epilog="Example: meiosis samples text samples/text")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of split and training.")
+@json_option
 @debug_option
-def text(folder: Path, seed: int) -> None:
+def text(folder: Path, seed: int, as_json: bool) -> None:
     """Train a base language model and three specialists of it into DIR; a few minutes on two cores.
 
     The text is what every machine with Meiosis has: Python's standard library, the language reference
@@ -33,6 +34,9 @@ def text(folder: Path, seed: int) -> None:
     text_of_config = source.read_text()
     make_text_family(folder, seed=seed, report=note)
     config.write_text(text_of_config)
+    if as_json:
+        print_json({"models": str(folder), "config": str(config)})
+        return
     console = out()
     console.print(f"Sample models: {folder}", soft_wrap=True)
     console.print(f"Search them with: meiosis search {config}", soft_wrap=True)

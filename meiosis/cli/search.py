@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="Name of the run; by default the name in the config and the time.")
 @click.option("--budget", type=int, help="Candidates to evaluate, generation 0 included.")
-@click.option("--workers", type=int, help="Candidates evaluated at the same time.")
+@click.option("--workers", type=int, help="Candidates evaluated at once; sets the window where the config does not.")
 @click.option("--address", help="Ray cluster to join; by default one is started here.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option
@@ -51,8 +51,6 @@ def command(
 
 def show(finished: Finished, as_json: bool) -> None:
     """Print the verdict: the table, what follows from it and where the model is."""
-    from dataclasses import asdict
-
     from meiosis.cli.tables import verdict_table
 
     if as_json:
@@ -60,7 +58,7 @@ def show(finished: Finished, as_json: bool) -> None:
             {
                 "run": str(finished.folder.path),
                 "model": str(finished.model),
-                "verdict": asdict(finished.verdict),
+                "verdict": finished.verdict.to_dict(),
             }
         )
         return

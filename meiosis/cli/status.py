@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 @debug_option
 def command(run: str | None, results: Path, as_json: bool) -> None:
     """List the runs, or show progress, best and failures of RUN."""
-    from search.status import run_status
+    from search.status import run_status, status_or_damage
     from search.store.run_folder import RunFolder
 
-    folders = RunFolder.list_runs(results) if run is None else [RunFolder.find(results, run)]
-    found = [run_status(folder) for folder in folders]
+    if run is None:
+        found = [status_or_damage(folder) for folder in RunFolder.list_runs(results)]
+    else:
+        found = [run_status(RunFolder.find(results, run))]
     if as_json:
         print_json([asdict(status) for status in found] if run is None else asdict(found[0]))
     elif run is None:

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ def write_checkpoint(
     extra_files: Mapping[str, str | bytes] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    verify: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Write a model folder.
 
@@ -75,6 +76,7 @@ def write_checkpoint(
         extra_files: plain file name -> content, such as the recipe and the model card.
         dtype: dtype of all floating-point tensors, as in torch (`bfloat16`) or safetensors (`BF16`);
             by default each keeps its own.
+        verify: called with the finished folder before it gets its name; what it raises leaves nothing behind.
         overwrite: whether `out` may be a folder that this function wrote before; it is replaced.
 
     Returns:
@@ -106,6 +108,7 @@ def write_checkpoint(
         write_file(staging / MARKER, [json.dumps(marker, indent=2).encode()])
         _sync_folder(staging)
         open_checkpoint(staging)  # what we refuse to read we do not hand out
+        verify(staging)
         _move_into_place(staging, out)
     except OSError as error:
         raise _cannot_write(out, error) from error

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from search.errors import CheckpointError, nearest
 from search.merge.sources import TensorSource
-from search.merge.writing import version_of
 
 
 class _Place(NamedTuple):
@@ -86,17 +85,6 @@ class LiveModel:
                 targets[name] = view
         self._check_coverage({name: placed[name] for name in targets})
         return {name: targets[name] for name in placed if name in targets}
-
-    def versions(self) -> dict[str, int]:
-        """Parameter or buffer -> how often it was written: equal before and after an evaluator that
-        leaves the model alone.
-
-        Writes through `.data` do not count, nor the running statistics that batch norm moves in training
-        mode; their `num_batches_tracked` does. After a difference, `Merger.invalidate`.
-        """
-        return {
-            name: version_of(tensor) for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]
-        }
 
     def check_holds(self, source: TensorSource) -> None:
         """Raise `CheckpointError` unless the live tensors hold just the tensors of `source`, rounded to

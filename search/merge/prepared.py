@@ -2,7 +2,11 @@
 
 One file holds what `Operator.prepare` returned for every tensor of one set of models. Its name is a
 hash of all that the content depends on (operator, version, bytes of the models), so a file is never
-stale. The first worker computes under a lock while the others wait; then all map the same pages.
+stale, and runs share them. The first worker computes under a lock while the others wait; then all map
+the same pages. Files that nobody asked for in a week are removed when another is written.
+
+A folder that cannot be used (full, read-only) costs time and memory, never a candidate: what was
+computed is then used by its process alone, which says so once with a `RuntimeWarning`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +30,10 @@ from torch import Tensor
 Prepared = dict[str, dict[str, Tensor]]
 """Tensor name -> what `prepare` returned for it; tensors with nothing prepared are left out."""
 
+KEEP_SECONDS = 7 * 24 * 3600.0
+
 _FORMAT = 1
+_OURS = re.compile(r"[0-9a-f]{32}\w*\.(safetensors|lock|part)")
 
 
 class PreparedFolder:
@@ -31,48 +41,75 @@ class PreparedFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self._warned = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._warn(error)
 
     def load(self, facts: Mapping[str, object], compute: Callable[[], Prepared]) -> Prepared:
         """What was prepared for `facts`, by whoever came first.
 
         Args:
             facts: JSON data that determines the result of `compute`.
-            compute: called in at most one process of the node at a time, and only if no file is there.
+            compute: called only if no usable file is there, and where the folder can be used in one process
+                of the node at a time. What it raises passes through.
         """
         text = json.dumps({**facts, "format": _FORMAT}, sort_keys=True)
         path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
         found = _read(path)
-        if found is None:
-            with _locked(path.with_suffix(".lock")):
-                found = _read(path)
-                if found is None:
-                    _write(path, compute(), text)
-                    found = _read(path)
-        if found is None:
-            raise OSError(f"{path}: cannot be read back right after it was written")
-        return found
+        if found is not None:
+            return found
+        with self._locked(path.with_suffix(".lock")):
+            found = _read(path)
+            if found is not None:
+                return found
+            computed = compute()
+            try:
+                _write(path, computed, text)
+                _sweep(self._folder)
+            except (OSError, safetensors.SafetensorError) as error:
+                self._warn(error)
+            return _read(path) or computed  # mapped pages are shared, computed ones are not
 
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Alone with this lock, as far as the folder lets us have one."""
+        try:
+            file = path.open("w")
+        except OSError as error:
+            self._warn(error)
+            yield
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel, also when the process is killed
+            except OSError as error:  # a file system without locks
+                self._warn(error)
+            yield
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel, also when the process is killed
-        yield
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._folder}: cannot be used ({error}); every worker prepares the models for itself, in memory",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _read(path: Path) -> Prepared | None:
-    """The content of a file, mapped, not read; None if it is not there or was cut short."""
+    """The content of a file, mapped, not read; None if it is not there, cut short or not readable."""
     prepared: Prepared = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - a safe_open is no mapping
                 tensor, _, item = key.rpartition("/")
                 prepared.setdefault(tensor, {})[item] = file.get_tensor(key)
-    except FileNotFoundError:
+    except (OSError, safetensors.SafetensorError):
         return None
-    except safetensors.SafetensorError:
-        return None
+    with suppress(OSError):  # another user's file
+        os.utime(path)
     return prepared
 
 
@@ -89,3 +126,12 @@ def _write(path: Path, prepared: Prepared, facts: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files of ours that were not used for long; processes that have them mapped keep the pages."""
+    limit = time.time() - KEEP_SECONDS
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if _OURS.fullmatch(path.name) and path.stat().st_mtime < limit:
+                path.unlink()
