@@ -6,6 +6,7 @@ it, and what went wrong with a candidate is its outcome, not the end of the work
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -189,12 +190,7 @@ def model_state(model: torch.nn.Module) -> dict[str, tuple[object, ...]]:
 
     # Buffers that are not saved belong to the forward pass: some rotary embeddings replace theirs in it.
     tensors = model.state_dict()
-    checksums: dict[torch.device, _Checksum] = {}
-    found = []
-    for tensor in tensors.values():
-        if tensor.device not in checksums:
-            checksums[tensor.device] = _Checksum(tensor.device)
-        found.append(checksums[tensor.device](tensor))
+    found = [_checksum(tensor.device).of(tensor) for tensor in tensors.values()]
     # Taken from the device together: every single one would wait for it.
     bits: list[int] = torch.stack([checksum.to(found[0].device) for checksum in found]).tolist() if found else []
     return {
@@ -214,15 +210,15 @@ class _Checksum:
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        # Into the cache of a core, or enough work for an accelerator (two buffers of 32 MiB).
-        self._words = 1 << (17 if device.type == "cpu" else 22)
+        # Two buffers: what stays in the cache of a core, or is enough work for an accelerator (16 MiB).
+        self._words = 1 << (17 if device.type == "cpu" else 20)
         generator = torch.Generator().manual_seed(0)
         weights = torch.randint(-(2**63), 2**63 - 1, (self._words,), generator=generator)
         self._weights = weights.bitwise_or_(1).to(device)
         self._buffer = torch.empty_like(self._weights)
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The checksum, a scalar on the device. Copies a tensor that is not contiguous, no other."""
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The checksum, a scalar on the device of the tensor. Copies a tensor that is not contiguous, no other."""
         import torch
 
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -238,6 +234,11 @@ class _Checksum:
             torch.bitwise_right_shift(words, 32, out=buffer).add_(words).mul_(self._weights[: words.numel()])
             total.mul_(0x5851F42D4C957F2D).add_(buffer.sum())
         return total
+
+
+@functools.cache
+def _checksum(device: torch.device) -> _Checksum:
+    return _Checksum(device)
 
 
 class DeviceLostError(BaseException):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evaluators.base import ItemPool, Metric, Scores
-from search.config import ObjectivesConfig, SpaceConfig
+from search.config import Constraint, ObjectivesConfig, SpaceConfig
 from search.objective import make_objective
 from search.optimizers import optimizer_named
 from search.pool import Failure, Job, Outcome, WorkerPlan
@@ -89,7 +89,11 @@ class Shuffled:
 
 
 def population(
-    budget: int = 60, window: int = 4, normalize: str = "none", optimizer: str = "diagonal_cma"
+    budget: int = 60,
+    window: int = 4,
+    normalize: str = "none",
+    optimizer: str = "diagonal_cma",
+    constraints: tuple[Constraint, ...] = (),
 ) -> Population:
     """A population over three sources with the loss `e.loss`."""
     models = {name: ModelRef(path=name, sha256=name) for name in ("base", *SOURCES)}
@@ -102,7 +106,7 @@ def population(
     )
     objective = make_objective(
         ObjectivesConfig.model_validate({"terms": ["e.loss"], "normalize": normalize}),
-        (),
+        constraints,
         {"e.loss": Metric("minimize")},
     )
     return Population(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from landscape import Shuffled, population
 
 from search.driver import Driver, Limits
 from search.errors import HistoryError
+from search.optimizer import Problem, Vector
 from search.progress import Progress
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
@@ -160,3 +162,30 @@ def test_a_history_of_another_search_is_refused(tmp_path: Path) -> None:
     drive(tmp_path, Shuffled(1, 0), stop_after=70)
     with pytest.raises(HistoryError, match="does not replay"):
         drive(tmp_path, Shuffled(1, 0), optimizer="random_search")
+
+
+class Coarse:
+    """An optimiser that repeats itself: three points, in turn."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._count, self._genes = 0, len(problem.start)
+
+    def suggest(self, point: Vector) -> None: ...
+
+    def ask(self) -> Vector:
+        self._count += 1
+        return np.full(self._genes, (self._count * self._count % 3) / 4)
+
+    def tell(self, point: Vector, loss: float) -> None: ...
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_recipe_that_is_asked_again_while_its_first_result_waits_does_not_hang(seed: int, tmp_path: Path) -> None:
+    first = drive(tmp_path, Shuffled(4, seed), optimizer="test_driver:Coarse", budget=60, stop_after=70)
+    pool = Shuffled(4, seed + 1)
+    events = drive(tmp_path, pool, optimizer="test_driver:Coarse", budget=60)
+    assert content(events)[: len(first)] == content(first)
+    assert len([e for e in events if isinstance(e, Trial) and e.items == "search"]) == 60
+    assert content(events) == content(
+        drive(tmp_path / "one", Shuffled(1, 0), optimizer="test_driver:Coarse", budget=60)
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import meiosis, write_config
+from command_line import end, meiosis, spawn, write_config
 from family import DOMAINS, config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +21,12 @@ from recipes import PARAMETERS, models_of, recipe_of
 from evaluators.base import EvaluatorSpec
 from search.checkpoints.fingerprint import hash_tensors
 from search.checkpoints.reading import CheckpointTensors, open_checkpoint
-from search.evaluation import Evaluation
+from search.evaluation import DeviceLostError, Evaluation, model_state, require_device
+from search.local_pool import LocalPool
 from search.merge.apply import Merger
 from search.pool import Job, Outcome, WorkerPlan
 from search.recipe import Recipe
+from search.seeds import seeded
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +127,9 @@ CHANGES: dict[str, str] = {
     "writes in place": "[p.add_(1) for p in model.parameters()]",
     "writes through data": "[p.data.mul_(2) for p in model.parameters()]",
     "writes one number through data": "model.model.norm.weight.data[3] = 7",
+    "exchanges rows through data": "w = model.lm_head.weight; w.data[[3, 9]] = w.data[[9, 3]]",
+    "exchanges columns through data": "w = model.lm_head.weight; w.data.copy_(w.data.flip(1))",
+    "changes two signs through data": "model.lm_head.weight.data[5, [1, 3]] *= -1",
     "gives parameters other memory": "model.lm_head.weight.data = model.lm_head.weight.data.clone()",
     "replaces a parameter": "model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)",
     "replaces a layer": "model.model.layers[0] = copy.deepcopy(model.model.layers[1])",
@@ -261,6 +269,103 @@ def test_a_recipe_that_does_not_fit_is_the_failure_of_its_candidate(family: Path
     assert found(body.run(job(good))) == fresh(family, good, perplexity(family))
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
+
+
+def values_of(dtype: torch.dtype, count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-9, 9, (count,), generator=generator).to(dtype)
+
+
+def bits_of(tensor: torch.Tensor) -> object:
+    """What `model_state` says of the bits of a tensor."""
+    model = torch.nn.Module()
+    model.register_buffer("values", tensor)
+    return model_state(model)["values"][-1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(DTYPES), st.sampled_from([1, 7, 300, 300_000]), st.integers(0, 9), st.data())
+def test_any_other_order_or_sign_of_the_numbers_is_seen(
+    dtype: torch.dtype, count: int, seed: int, data: st.DataObject
+) -> None:
+    before = values_of(dtype, count, seed)
+    after = before.clone()
+    first, second = (data.draw(st.integers(0, count - 1)) for _ in range(2))
+    change = data.draw(st.sampled_from(["exchange", "reverse", "roll", "negate two", "negate all", "copy"]))
+    if change == "exchange":
+        after[[first, second]] = before[[second, first]]
+    elif change == "reverse":
+        after = before.flip(0)
+    elif change == "roll":
+        after = before.roll(first)
+    elif change == "copy":
+        after[first] = before[second]
+    elif dtype != torch.bool:
+        chosen = [first, second] if change == "negate two" else slice(None)
+        after[chosen] = -before[chosen]
+    same = torch.equal(before.view(torch.uint8), after.view(torch.uint8))  # 0 and -0 are equal, their bits are not
+    assert (bits_of(before) == bits_of(after)) == same
+
+
+def test_the_rows_of_an_identity_matrix_have_their_places() -> None:
+    matrix = torch.eye(64)
+    assert bits_of(matrix[[*range(1, 64), 0]]) != bits_of(matrix)
+
+
+def test_the_bits_of_a_tensor_do_not_depend_on_where_it_lies_in_memory() -> None:
+    memory = values_of(torch.bfloat16, 1001, 0)
+    assert bits_of(memory[1:]) == bits_of(memory[1:].clone())
+    matrix = values_of(torch.float32, 600, 1).view(20, 30)
+    assert bits_of(matrix.T) == bits_of(matrix.T.contiguous())
+    assert bits_of(torch.empty(0)) == bits_of(torch.empty(0, 3))
+
+
+def test_the_base_must_be_in_the_live_model_as_it_is_in_its_files(family: Path) -> None:
+    """In all dtypes that a live model can have."""
+    for dtype in (None, "float16", "bfloat16", "float64"):
+        assert Evaluation(plan_of(family, dtype=dtype)).run(job(recipe_of(family, "linear"))).failure is None
+
+
+class _Lost:
+    """The body of a worker whose device fails."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        pass
+
+    def run(self, job: Job) -> Outcome:
+        raise DeviceLostError("cuda:0 fails whatever it is asked")
+
+
+def test_a_lost_device_is_not_the_failure_of_a_candidate(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lost_device", sys.modules[__name__])
+    with LocalPool(plan_of(family), body="lost_device:_Lost") as pool:
+        pool.submit(job(recipe_of(family, "linear")))
+        with pytest.raises(DeviceLostError):
+            pool.wait()
+
+
+def test_a_processor_is_never_lost() -> None:
+    require_device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_assertion_on_the_device_ends_the_process(family: Path, tmp_path: Path) -> None:
+    """In a process of its own: its device is of no use afterwards."""
+    odd, flag = odd_function(tmp_path, "torch.zeros(1, device='cuda')[torch.tensor([9], device='cuda')].cpu()")
+    flag.touch()
+    arguments = (plan_of(family, odd, perplexity(family)), job(recipe_of(family, "linear")))
+    (tmp_path / "arguments").write_bytes(pickle.dumps((replace(arguments[0], device="cuda"), arguments[1])))
+    program = (
+        "import pickle, sys\nfrom pathlib import Path\nfrom search.evaluation import Evaluation\n"
+        "plan, job = pickle.loads(Path(sys.argv[1]).read_bytes())\nEvaluation(plan).run(job)\n"
+    )
+    ended = end(spawn(tmp_path / "arguments", code=program))
+    assert ended.status == 1
+    assert "DeviceLostError: cuda fails whatever it is asked" in ended.err
+
+
 # In a search
 
 
@@ -308,7 +413,6 @@ def test_a_search_goes_on_over_failures_and_records_them(family: Path, tmp_path:
 
 def test_what_an_evaluator_draws_does_not_depend_on_what_ran_before(family: Path, tmp_path: Path) -> None:
     """Global generators of torch, NumPy and Python, as users' functions use them."""
-    from search.seeds import seeded
 
     def draws() -> tuple[float, float, float]:
         import random
@@ -322,3 +426,26 @@ def test_what_an_evaluator_draws_does_not_depend_on_what_ran_before(family: Path
         second = draws()
     assert first == second
     assert float(torch.rand(())) != outside
+
+
+def test_a_seeded_block_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with seeded(9):
+        torch.rand(5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_seeded_block_draws_the_same_on_its_device_and_leaves_that_as_it_was() -> None:
+    torch.cuda.manual_seed(1)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(1)
+    draws = []
+    for _ in range(2):
+        with seeded(9, "cuda"):
+            draws.append(torch.rand(5, device="cuda"))
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(torch.rand(3, device="cuda"), expected)

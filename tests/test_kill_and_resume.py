@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -20,9 +21,27 @@ from search.store.history import History, digest
 
 BUDGET = 30
 
+GATE = """
+import os, pathlib, time
 
-def meiosis(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen[str]:
-    """A real `meiosis` process; with `wait` it must succeed."""
+HERE = pathlib.Path(__file__).parent
+
+def score(model):
+    value = float(sum(weight.double().abs().sum() for weight in model.parameters()))
+    if (HERE / "closed").exists():
+        inside = HERE / f"inside-{os.getpid()}"
+        inside.with_suffix(".part").write_text(repr(value))
+        inside.with_suffix(".part").rename(inside)
+        while (HERE / "closed").exists():
+            time.sleep(0.02)
+        inside.unlink()
+    return value
+"""
+"""An evaluator's function that holds a trial as long as there is a file `closed`. Its score tells which merge it is."""
+
+
+def meiosis(*arguments: str, cwd: Path, wait: bool = True, **environment: str) -> subprocess.Popen[str]:
+    """A real `meiosis` process in a session of its own; with `wait` it must succeed."""
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("meiosis")), *arguments],
         cwd=cwd,
@@ -30,6 +49,7 @@ def meiosis(*arguments: str, cwd: Path, wait: bool = True) -> subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, **environment},
     )
     if wait:
         _, stderr = process.communicate(timeout=300)
@@ -41,6 +61,8 @@ def write_config(family: Path, folder: Path, **cluster: Any) -> Path:
     config = config_of(family, folder / "results")
     config["search"] |= {"budget": BUDGET, "window": 4}
     config["cluster"] |= cluster
+    (folder / "gate.py").write_text(GATE)
+    config["evaluators"]["gate"] = {"use": "python", "function": "gate.py:score"}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -121,45 +143,133 @@ def test_a_log_torn_in_the_middle_of_a_write_resumes_to_the_same_history(
     assert digest(events(run)) == digest(events(reference))
 
 
+def processes(**environment: str) -> list[int]:
+    """Processes that were started with these variables, or by such processes."""
+    wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.002)
+
+
+def held(folder: Path) -> dict[int, float]:
+    """Process -> score of the trial that is held in it."""
+    return {int(path.name.partition("-")[2]): float(path.read_text()) for path in folder.glob("inside-*[0-9]")}
+
+
+class Interrupted(NamedTuple):
+    """A search that Ctrl-C ended: its status, what it wrote, and the processes that it left."""
+
+    status: int
+    out: str
+    err: str
+    recorded: list[Event]
+    left: list[int]
+
+
+class Disturbed(NamedTuple):
+    """A run that was interrupted, then killed with its driver, and then lost a worker in mid-trial."""
+
+    run: Path
+    interrupted: Interrupted
+    lost: float
+
+
 @pytest.fixture(scope="module")
-def on_ray(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two Ray workers whose driver is killed once and whose workers are killed after that."""
+def disturbed(reference: Path, family: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """One search on 2, then 4, then 2 workers, ended by Ctrl-C, by kill -9 of the driver and by its end."""
     folder = tmp_path_factory.mktemp("ray")
     path = write_config(family, folder, pool="ray")
     (folder / "evaluators").mkdir()  # a folder of the user with the name of a package of ours
     (folder / "evaluators" / "__init__.py").write_text("raise ImportError('the wrong evaluators')")
-    run = folder / "results" / "one"
-    process = meiosis("search", str(path), "--run", "one", cwd=folder, wait=False)
-    assert kill_when(process, run, 20_000)
+    run, closed, whole = folder / "results" / "one", folder / "closed", log_size(reference)
+
+    first = meiosis("search", str(path), "--run", "one", cwd=folder, wait=False, MEIOSIS_TEST=str(folder))
+    wait_until(lambda: log_size(run) > whole // 4, first)
+    closed.touch()
+    wait_until(lambda: len(held(folder)) == 2, first)
+    os.killpg(first.pid, signal.SIGINT)  # what a terminal does: Ray's processes get it as well
+    out, err = first.communicate(timeout=60)
+    deadline = time.monotonic() + 15
+    while (left := processes(MEIOSIS_TEST=str(folder))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    interrupted = Interrupted(first.returncode, out, err, events(run), left)
+    closed.unlink()
+    for mark in folder.glob("inside-*"):
+        mark.unlink()
+
     second = meiosis("resume", "one", "--workers", "4", cwd=folder, wait=False)
-    killed = kill_a_worker(second, run)
-    _, stderr = second.communicate(timeout=400)
-    assert second.returncode == 0, stderr
-    assert killed
-    return run
+    assert kill_when(second, run, whole // 2)
 
-
-def kill_a_worker(driver: subprocess.Popen[str], run: Path) -> bool:
-    """kill -9 a Ray worker that has recorded a trial, while the driver is at work; False if it ended before."""
-    deadline = time.monotonic() + 300
-    while driver.poll() is None:
-        assert time.monotonic() < deadline, "the search does not get on"
-        for worker in {event.worker for event in events(run) if isinstance(event, Trial) and "/" in event.worker}:
-            process = Path("/proc", worker.rpartition("/")[2])
-            # Results of the driver before this one name workers that are gone.
-            if process.exists() and b"ray::" in (process / "cmdline").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
-                return True
-        time.sleep(0.01)
-    return False
+    closed.touch()
+    third = meiosis("resume", "one", "--workers", "2", cwd=folder, wait=False)
+    wait_until(lambda: len(held(folder)) == 2, third)
+    pid, lost = min(held(folder).items())
+    os.kill(pid, signal.SIGKILL)
+    closed.unlink()
+    _, err = third.communicate(timeout=240)
+    assert third.returncode == 0, err
+    return Disturbed(run, interrupted, lost)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_killed_driver_killed_worker_and_another_number_of_workers_change_nothing(
-    on_ray: Path, reference: Path
+def test_ctrl_c_on_ray_saves_what_is_recorded_and_leaves_no_process(disturbed: Disturbed, reference: Path) -> None:
+    ended = disturbed.interrupted
+    assert (ended.status, ended.out) == (130, "")
+    assert f"meiosis resume {disturbed.run}" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+    expected = [event.deterministic() for event in events(reference)]
+    assert [event.deterministic() for event in ended.recorded] == expected[: len(ended.recorded)]
+    assert ended.left == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_trial_whose_worker_is_killed_is_run_again_and_no_other(disturbed: Disturbed) -> None:
+    trials = [event for event in events(disturbed.run) if isinstance(event, Trial)]
+    assert [(t.attempts, t.metrics["gate.score"], t.failure_kind) for t in trials if t.attempts > 1] == [
+        (2, disturbed.lost, None)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_interrupt_killed_driver_killed_worker_and_other_numbers_of_workers_change_nothing(
+    disturbed: Disturbed, reference: Path
 ) -> None:
-    ours, theirs = events(on_ray), events(reference)
+    ours, theirs = events(disturbed.run), events(reference)
     assert [event.deterministic() for event in ours] == [event.deterministic() for event in theirs]
+    assert digest(ours) == digest(theirs)
     keys = [(event.candidate, event.items) for event in ours if isinstance(event, Trial)]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_search_on_one_or_four_ray_workers_has_the_history_of_one_in_this_process(
+    workers: int, reference: Path, family: Path, tmp_path: Path
+) -> None:
+    path = write_config(family, tmp_path, pool="ray", workers=workers)
+    node = tmp_path / "node"
+    node.mkdir()
+    meiosis("search", str(path), "--run", "one", cwd=tmp_path, TMPDIR=str(node))
+    run = tmp_path / "results" / "one"
+    assert digest(events(run)) == digest(events(reference))
+    assert {event.attempts for event in events(run) if isinstance(event, Trial)} <= {0, 1}
+    # What operators prepared is shared on the node, and no part of the run.
+    assert [path.name for path in (run / "workers").iterdir()] == ["ray.log"]
+    assert list(node.glob("meiosis-*/prepared/*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -230,19 +231,14 @@ def test_the_live_dtype_may_differ_from_that_of_the_checkpoint(tmp_path: Path) -
     live.check_holds(tensors_of(folder))
 
 
-def test_versions_show_an_evaluator_that_writes(tmp_path: Path) -> None:
-    live = build_live_model(save_random(FAMILIES["resnet"][0], tmp_path / "m", 1), device="cpu", dtype=None)
-    before = live.versions()
-    outputs(live.model, IMAGE)
-    assert live.versions() == before
-    live.model.train()(**IMAGE)  # running statistics move
-    changed = {name for name, version in live.versions().items() if version != before[name]}
-    assert any("num_batches_tracked" in name for name in changed)
-    with torch.no_grad():
-        next(live.model.parameters()).add_(1.0)
-    assert next(iter(live.model.named_parameters()))[0] in {
-        name for name, version in live.versions().items() if version != before[name]
-    }
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed here")
+def test_a_model_whose_class_needs_another_library_is_refused_with_its_name(tmp_path: Path) -> None:
+    config = {"architectures": ["TimmBackbone"], "model_type": "timm_backbone", "backbone": "resnet18"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="TimmBackbone needs a library.*timm") as caught:
+        build_live_model(tmp_path, device="cpu", dtype=None)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_model_is_in_eval_mode_without_gradients(tmp_path: Path) -> None:

@@ -129,3 +129,10 @@ def test_cma_of_nevergrad_is_refused_where_its_step_size_rule_fails() -> None:
 def test_a_typo_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'diagonal_cma'"):
         optimizer_named("diagonal_cmaa")
+
+
+@pytest.mark.parametrize("name", ["diagonal_cma", "TwoPointsDE", "OnePlusOne"])
+def test_one_gene_is_enough(name: str) -> None:
+    points = asked(name, problem(dimension=1, budget=80))
+    assert all(point.shape == (1,) for point in points)
+    assert min(abs(float(point[0]) - 0.7) for point in points) < 0.05

@@ -21,10 +21,11 @@ import pytest
 from safetensors.numpy import save_file
 from worker_bodies import OwnError, job, plan, starts
 
-from cluster.handshake import compare, identity
+from cluster.handshake import compare, evaluator_sources, identity
 from cluster.local_ray import _make_folder, open_session
-from cluster.pool import RayPool
+from cluster.pool import MOMENT_SECONDS, RayPool
 from cluster.shards import node_folder, warm_stamp
+from evaluators.base import EvaluatorSpec
 from search.errors import CheckpointError, UserError, WorkerError
 from search.pool import Outcome
 from search.recipe import ModelRef
@@ -110,6 +111,61 @@ def test_a_worker_killed_in_mid_trial_costs_one_more_start_of_its_job_and_nothin
     assert {c: o.metrics["test.square"] for c, o in outcomes.items()} == {c: float(c * c) for c in range(6)}
     assert {c: o.attempts for c, o in outcomes.items()} == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1}
     assert sorted(starts(tmp_path)) == [0, 0, 1, 2, 3, 4, 5]
+
+
+def worker_processes() -> list[int]:
+    """Processes of this process's workers."""
+    parents, workers = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"ray::MeiosisWorker" in (folder / "cmdline").read_bytes():
+                workers.append(int(folder.name))
+        except OSError:
+            continue
+
+    def ancestors(pid: int) -> Iterator[int]:
+        while pid := parents.get(pid, 0):
+            yield pid
+
+    return [pid for pid in workers if os.getpid() in ancestors(pid)]
+
+
+def test_workers_that_die_while_they_are_idle_cost_no_job_an_attempt(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    pool = make(2, report=said.append)
+    pool.ready()
+    for idle in (0.0, MOMENT_SECONDS + 0.2):  # before their first job, and after one
+        for candidate in (0, 1):
+            if idle:
+                pool.submit(job(candidate, "sleep", seconds=0.5))
+        drain(pool, 2 if idle else 0)
+        time.sleep(idle)
+        pids = worker_processes()
+        assert len(pids) == 2
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        pool.submit(job(2))
+        outcome = drain(pool, 1)[2]
+        assert (outcome.failure, outcome.attempts) == (None, 1)
+        pool.ready()
+    assert sorted(starts(tmp_path)) == [0, 1, 2, 2]
+    assert sum("is replaced: its process died" in line for line in said) == 4
+
+
+def test_a_job_whose_outcome_waits_to_be_collected_cannot_be_submitted_again(make: Callable[..., RayPool]) -> None:
+    pool = make()
+    impossible = replace(job(0), hash_weights=lambda: None)  # type: ignore[arg-type]
+    pool.submit(impossible)
+    with pytest.raises(ValueError, match=r"\(0, 'search'\) was submitted twice"):
+        pool.submit(job(0))
+    (outcome,) = pool.wait()
+    assert outcome.failure is not None
+    assert outcome.failure.message.startswith("the job cannot be sent to a worker: ")
+    pool.submit(job(0))
+    assert drain(pool, 1)[0].failure is None
 
 
 def test_failures_of_every_kind_stay_with_their_candidate(make: Callable[..., RayPool], tmp_path: Path) -> None:
@@ -376,6 +432,60 @@ def test_a_difference_is_named_with_node_package_and_both_digests() -> None:
         compare(ours, replace(ours, libraries={**ours.libraries, "torch": "1.0"}), "worker-1")
 
 
+EVALUATOR = """
+from evaluators.base import Evaluator
+
+class Own(Evaluator):
+    metrics = {}
+    def prepare(self, context): pass
+    def items(self, pool): return []
+    def evaluate(self, model, items): yield from ()
+"""
+
+
+def test_the_source_of_an_evaluator_is_its_class_file_and_its_function_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin, function = tmp_path / "own_evaluator_source.py", tmp_path / "function.py"
+    plugin.write_text(EVALUATOR)
+    function.write_text("def score(model): return 1.0")
+    specs = (
+        EvaluatorSpec("ours", "perplexity", {"data": "a: text"}),
+        EvaluatorSpec("own", "own_evaluator_source:Own"),
+        EvaluatorSpec("function", "python", {"function": f"{function}:score"}),
+    )
+    seen = [evaluator_sources(specs)]
+    for file in (plugin, function):
+        file.write_text(file.read_text() + "\n")
+        seen.append(evaluator_sources(specs))
+    digests = [[package.sha256 for package in sources.values()] for sources in seen]
+    assert len({ours for ours, _, _ in digests}) == 1
+    assert digests[0][1] != digests[1][1] == digests[2][1]
+    assert digests[0][2] == digests[1][2] != digests[2][2]
+    assert seen[0]["own"].folder == str(plugin)
+
+
+def test_a_worker_with_another_evaluator_is_refused_before_it_gets_a_job(ray_session: Session, tmp_path: Path) -> None:
+    function = tmp_path / "function.py"
+    function.write_text("def score(model): return 1.0")
+    spec = EvaluatorSpec("mine", "python", {"function": f"{function}:score"})
+    with RayPool(
+        replace(plan(tmp_path), evaluators=(spec,)),
+        workers=1,
+        body="worker_bodies:Scripted",
+        working_folder=tmp_path,
+    ) as pool:
+        pool.ready()
+        function.write_text("def score(model): return 2.0")
+        pool.submit(job(0, "exit_once"))
+        with pytest.raises(WorkerError) as caught:
+            drain(pool, 1)
+    assert f"node {platform.node()} has another evaluator 'mine'" in str(caught.value)
+    assert str(function) in str(caught.value)
+    assert starts(tmp_path) == [0]
+
+
 DRIVER = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
@@ -542,14 +652,28 @@ if __name__ == "__main__":
     end = time.monotonic() + 50
     while len(workers) < 2 and time.monotonic() < end:
         workers.update(outcome.worker for outcome in pool.wait(1))
+    for candidate in range(100, 400):
+        pool.cancel((candidate, "search"))
+    while pool.busy:
+        pool.submit(job(500)), pool.wait(5)  # the cancelled ones that run come to their end
+
+    pool.submit(job(1000, "large", seconds=2))
+    pool.submit(job(1001, "large", seconds=2))
+    while not {1000, 1001} <= set(starts(notes)):
+        pool.wait(0.05)
+    time.sleep(4)
+    cluster.remove_node(joined, allow_graceful=False)
+    large = []
+    while len(large) < 2:
+        large += [(o.candidate, o.failure and o.failure.message, o.attempts) for o in pool.wait(5)]
     pool.close()
-    print(json.dumps(dict(results=sorted(results), said=said, workers=len(workers))))
+    print(json.dumps(dict(results=sorted(results), said=said, workers=len(workers), large=sorted(large))))
     cluster.shutdown()
 """
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_costs_no_job_and_one_that_joins_gets_a_worker(tmp_path: Path) -> None:
+def test_a_node_that_dies_costs_no_job_and_no_outcome_and_one_that_joins_gets_a_worker(tmp_path: Path) -> None:
     script, notes = tmp_path / "driver.py", tmp_path / "notes"
     notes.mkdir()
     script.write_text(NODE_DEATH)
@@ -566,3 +690,5 @@ def test_a_node_that_dies_costs_no_job_and_one_that_joins_gets_a_worker(tmp_path
     assert sum(attempts for _, _, attempts in found["results"]) == 7
     assert "there is room for 2 of 3 workers until nodes join" in found["said"]
     assert found["workers"] == 2
+    assert [result[:2] for result in found["large"]] == [[1000, None], [1001, None]]
+    assert sum(attempts for _, _, attempts in found["large"]) == 3, "one outcome was lost with its node"

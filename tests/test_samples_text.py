@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from itertools import combinations
 from pathlib import Path
 
@@ -257,9 +256,10 @@ def test_the_same_seed_gives_the_same_bits_in_a_fresh_process_on_one_thread(fami
 def test_a_complete_family_is_returned_at_once(family):
     folder, _ = family
     written = (folder / CARD).stat().st_mtime_ns
-    began = time.monotonic()
+    # The command puts a config beside the models, and users put what they like.
+    (folder / "search.yaml").write_text("seed: 1\n")
     card = make_text_family(folder, seed=3, report=lambda _: None, plan=TINY)
-    assert time.monotonic() - began < 1
+    (folder / "search.yaml").unlink()
     assert card == read_card(folder)
     assert (folder / CARD).stat().st_mtime_ns == written
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.config import SpaceConfig
+from search.errors import RecipeError
 from search.genome import Gene, Genome
 from search.grouping import group_tensors, place_of
 from search.recipe import ModelRef, Recipe, Rule
@@ -178,3 +179,10 @@ def test_bounds_of_the_operator_hold() -> None:
     with pytest.raises(SpaceError, match="beyond") as error:
         space(operator="ties", parameters={"density": {"low": 0.0, "high": 1.5}})
     assert error.value.key == ("parameters", "density")
+
+
+def test_a_rule_that_matches_no_tensor_is_a_mistake() -> None:
+    typo = Rule(tensors=("model.layrs.*",), operator="linear", sources={"a": {"weight": 1.0}})
+    rest = Rule(operator="linear", sources={"b": {"weight": 1.0}})
+    with pytest.raises(RecipeError, match=r"no tensor of the models matches 'model\.layrs"):
+        Recipe(models=MODELS, rules=(typo, rest)).assign(LLAMA)

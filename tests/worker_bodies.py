@@ -78,6 +78,11 @@ class Scripted:
     def leave(self, outcome: Outcome) -> None:
         sys.exit(3)
 
+    def large(self, outcome: Outcome, seconds: float) -> Outcome:
+        """More than Ray sends with its answer: the outcome stays on the worker's node until it is fetched."""
+        time.sleep(seconds)
+        return replace(outcome, metrics={f"test.{i}": float(i) for i in range(20_000)})
+
     def other_candidate(self, outcome: Outcome) -> Outcome:
         return replace(outcome, candidate=outcome.candidate + 1000)
 

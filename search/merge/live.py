@@ -132,7 +132,7 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
 
     Raises:
         CheckpointError: no config, a class that transformers does not have (code that comes with a
-            model is never run), or weights that do not fit the class.
+            model is never run) or for which a library is missing, or weights that do not fit the class.
     """
     import transformers
 
@@ -148,9 +148,10 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise CheckpointError(f"{folder}: {model_class.__name__} cannot load it: {line}") from error
+        except ImportError as error:
+            raise _needs_library(folder, model_class.__name__, error) from error
+        except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: {model_class.__name__} cannot load it: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -159,6 +160,17 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
         )
     model.requires_grad_(False)
     return LiveModel(model.to(device).eval(), report["unexpected_keys"])
+
+
+def _needs_library(place: Path, name: str, error: ImportError) -> CheckpointError:
+    return CheckpointError(
+        f"{place}: {name} needs a library that is not installed here: {_first_line(error)}; install it, "
+        "or use a model that transformers loads by itself"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _others(names: list[str]) -> str:
@@ -179,7 +191,12 @@ def _model_class(folder: Path) -> Any:
             f"{path}: names no class under 'architectures', expected one such as ['LlamaForCausalLM']"
         )
     name = architectures[0]
-    found = getattr(transformers, name, None)
+    try:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and getattr(found, "is_dummy", False):
+            found()  # stands for a class whose libraries are missing, and says which when it is used
+    except ImportError as error:
+        raise _needs_library(path, name, error) from error
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     if "auto_map" in config:

@@ -1,0 +1,104 @@
+"""Choosing on the select items and certifying: what is called better, and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from landscape import Shuffled, population
+
+from evaluators.base import Evaluator, Metric
+from search.config import Constraint
+from search.driver import Driver, Limits
+from search.errors import RunError
+from search.finals import Verdict, finish
+from search.store.events import End
+from search.store.history import History
+from search.store.spool import Spool
+
+
+class Known(Evaluator):
+    """The evaluator of the landscape, as the driver's side sees it: it only knows documents."""
+
+    metrics = {"loss": Metric("minimize")}  # noqa: RUF012
+
+    def __init__(self, documents: int) -> None:
+        self._documents = documents
+
+    def prepare(self, context: object) -> None: ...
+
+    def items(self, pool: str) -> list[str]:  # type: ignore[override]
+        return []
+
+    def evaluate(self, model: object, items: object) -> object:  # type: ignore[override]
+        raise NotImplementedError
+
+    def document_of(self, item: str) -> str:
+        return str(int(item.lstrip("abcdefghijklmnopqrstuvwxyz")) % self._documents)
+
+
+def search(
+    folder: Path, *, budget: int = 100, documents: int = 20, constraints: tuple[Constraint, ...] = ()
+) -> tuple[Verdict, Driver]:
+    with History.open(folder / "history") as history:
+        made = population(budget=budget, constraints=constraints)
+        driver = Driver(made, history, Spool(folder / "spool"), lambda: Shuffled(1, 0), Limits(budget, 4))
+        driver.search()
+        verdict = finish(driver, {"e": Known(documents)}, finalists=4, seed=0)
+        ends = [event for event in history.events() if isinstance(event, End)]
+    assert [end.winner for end in ends] == [verdict.winner]
+    assert Verdict.from_json(ends[0].verdict) == verdict
+    return verdict, driver
+
+
+def test_a_found_merge_that_is_better_everywhere_is_proven(tmp_path: Path) -> None:
+    verdict, driver = search(tmp_path)
+    assert verdict.proven
+    assert "beats every parent and every baseline" in verdict.sentence()
+    assert verdict.rows[-1].candidate == verdict.winner
+    assert all((row.difference or 0) < 0 for row in verdict.rows[:-1])
+    families = {row.label.split(" ")[0] for row in verdict.rows[:-1]} | set(verdict.unavailable)
+    assert {"parent:a", "parent:b", "parent:c", "base", "uniform_soup", "greedy_soup", "ties"} <= families
+    certified = [candidate for candidate, items in driver.trials if items == "certify"]
+    assert len(certified) == len(set(certified)) == len(verdict.rows) + len(verdict.unavailable)
+
+
+def test_only_the_winner_and_the_best_of_every_baseline_see_the_certify_items(tmp_path: Path) -> None:
+    _, driver = search(tmp_path)
+    seen = {
+        driver.population.candidates[id_].origin.split(" ")[0] for id_, items in driver.trials if items == "certify"
+    }
+    searched = [id_ for id_, items in driver.trials if items == "certify" and driver.population.candidates[id_].genome]
+    assert len(searched) == 1
+    assert "task_arithmetic" in seen
+    assert not any(origin.startswith("greedy_soup+") for origin in seen)
+
+
+def test_few_documents_prove_nothing(tmp_path: Path) -> None:
+    verdict, _ = search(tmp_path, documents=3)
+    assert not verdict.proven
+    assert "3 certify document(s) prove nothing" in verdict.sentence()
+
+
+def test_a_budget_without_a_search_says_that_nothing_was_searched(tmp_path: Path) -> None:
+    verdict, _ = search(tmp_path, budget=12)
+    assert not verdict.proven
+    assert verdict.sentence().startswith("Nothing was searched")
+
+
+def test_a_constraint_that_no_baseline_keeps_leaves_the_found_merge(tmp_path: Path) -> None:
+    plain, _ = search(tmp_path / "plain")
+    rows = {row.label: row.value for row in plain.rows}
+    best_baseline = min(value for label, value in rows.items() if "found" not in label)
+    bound = Constraint(metric="e.loss", relation="<=", bound=(best_baseline + plain.rows[-1].value) / 2)
+    verdict, _ = search(tmp_path / "bound", constraints=(bound,))
+    assert verdict.searched
+    assert verdict.best_baseline is None
+    assert not any(row.feasible for row in verdict.rows[:-1])
+    assert verdict.rows[-1].feasible
+
+
+def test_constraints_that_nothing_keeps_end_in_an_error_that_says_so(tmp_path: Path) -> None:
+    impossible = Constraint(metric="e.loss", relation="<=", bound=-1.0)
+    with pytest.raises(RunError, match="no candidate keeps the constraints"):
+        search(tmp_path, constraints=(impossible,))
