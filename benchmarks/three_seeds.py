@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,12 @@ def search(seed: int, samples: Path, results: Path) -> dict[str, Any]:
     settings = [f"--set=seed={seed}", f"--set=results={results}"]
     config = str(samples / "search.yaml")
     command = [MEIOSIS, "search", config, "--run", f"seed-{seed}", "--json", *settings]
-    done = subprocess.run(command, capture_output=True, text=True)
+    run = results / f"seed-{seed}"
+    if run.exists():  # a benchmark that was stopped goes on, like any search
+        command = [MEIOSIS, "resume", str(run), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)["verdict"]
     return found
 
@@ -88,16 +90,15 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     proven: dict[int, bool] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in arguments.seeds:
-            samples = arguments.samples.resolve()
-            if arguments.families and seed:
-                samples = samples.with_name(f"{samples.name}-{seed}")
-                subprocess.run([MEIOSIS, "samples", "text", str(samples), "--seed", str(seed)], check=True)
-            verdict = search(seed, samples, Path(scratch))
-            proven[seed] = verdict["proven"]
-            rows += rows_of(seed, verdict)
-            print(f"seed {seed}: proven {verdict['proven']}", flush=True)
+    for seed in arguments.seeds:
+        samples = arguments.samples.resolve()
+        if arguments.families and seed:
+            samples = samples.with_name(f"{samples.name}-{seed}")
+            subprocess.run([MEIOSIS, "samples", "text", str(samples), "--seed", str(seed)], check=True)
+        verdict = search(seed, samples, ROOT / "results" / f"three-seeds-{samples.name}")
+        proven[seed] = verdict["proven"]
+        rows += rows_of(seed, verdict)
+        print(f"seed {seed}: proven {verdict['proven']}", flush=True)
     name = "three_families" if arguments.families else "three_seeds"
     command = "python benchmarks/three_seeds.py" + (" --families" if arguments.families else "")
     REFERENCE.mkdir(parents=True, exist_ok=True)
