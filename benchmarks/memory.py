@@ -47,7 +47,11 @@ MB = 1e6
 
 
 class Bare:
-    """The floor: a worker with everything imported that `search.evaluation` needs, and no model."""
+    """The floor: a worker with everything imported that `search.evaluation` needs, and no model.
+
+    Workers import it from this file by its name, `memory:Bare`, so the folder of this file must be on the path:
+    it is when this file is run as a script, and `main` sees to it otherwise.
+    """
 
     def __init__(self, plan: WorkerPlan) -> None:
         import torch
@@ -201,14 +205,13 @@ def _rows(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| kind | after | workers | PSS of all, MB | one more worker, MB | over the floor, MB | ratio | GPU |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
+        "| kind | after | workers | PSS of all, MB | one more worker, MB | over the floor, MB | ratio |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         digits = {"pss_mb": 0, "increase_mb": 0, "over_floor_mb": 0, "ratio": 2}
         cells = ["" if row[key] is None else f"{row[key]:.{n}f}" for key, n in digits.items()]
-        gpu = "not measured on a GPU"
-        lines.append(" | ".join([f"| {row['worker']}", row["after"], str(row["workers"]), *cells, f"{gpu} |"]))
+        lines.append(" | ".join(["", row["worker"], row["after"], str(row["workers"]), *cells, ""]).strip())
     return "\n".join(lines)
 
 
@@ -218,6 +221,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3, help="most workers in a pool")
     parser.add_argument("--out", type=Path, default=Path("results", "reference"))
     arguments = parser.parse_args()
+    if (here := str(Path(__file__).resolve().parent)) not in sys.path:  # as in `python -m benchmarks.memory`
+        sys.path.append(here)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="memory-") as temporary:
         folder = Path(temporary)
@@ -235,7 +240,7 @@ def main() -> None:
         for workers in range(1, arguments.workers + 1):
             # Each pool prepares for TIES anew.
             plan = make_plan(folder, folder / f"prepared-{workers}")
-            bare.append(measure(plan, "memory:Bare", workers, folder)["ties"])
+            bare.append(measure(plan, f"{Path(__file__).stem}:{Bare.__name__}", workers, folder)["ties"])
             merging.append(measure(plan, DEFAULT_BODY, workers, folder))
             seconds = time.perf_counter() - began
             print(f"measured pools of {workers}, {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -262,7 +267,8 @@ def write(rows: Sequence[Mapping[str, Any]], live_bytes: int, source_bytes: int,
 The floor is a `bare` worker: torch and transformers imported, no model. PSS counts a page that n
 processes share as 1/n in each, so the sum over the workers holds sources and libraries once, and
 its increase is what one more worker costs. All workers were idle, after every one of them had merged
-and scored two task_arithmetic candidates, then a TIES candidate and another task_arithmetic one.
+and scored two task_arithmetic candidates, then a TIES candidate and another task_arithmetic one. The memory
+of a GPU was not measured.
 
 Remake with `python benchmarks/memory.py`. Made on {os.cpu_count()} cores and {memory_gib:.0f} GiB of memory with
 one thread per worker; {libraries}.

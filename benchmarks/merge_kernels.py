@@ -21,16 +21,20 @@ from search.recipe import Recipe
 from search.registry import OPERATORS
 
 
+def synchronize(device: str) -> None:
+    """Wait for what was given to the device."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def seconds(work: Callable[[int], object], device: str, repeats: int) -> float:
     """The fastest of `repeats` runs; each is told its number."""
     times = []
     for number in range(repeats):
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         work(number)
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -84,6 +88,7 @@ def main() -> None:
         engine = Merger({model: InMemoryTensors({"w": values}) for model, values in models.items()})
         began = time.perf_counter()
         engine.merge_into(recipe(0), {"w": target})
+        synchronize(device)
         first = time.perf_counter() - began
 
         def merge(number: int, engine: Merger = engine, make: Callable[[int], Recipe] = recipe) -> None:

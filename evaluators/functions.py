@@ -27,12 +27,28 @@ def check_function(reference: str, arguments: Sequence[str]) -> None:
         UserError: no such file, module or name, a file that does not parse, or other parameters.
     """
     place, _, name = reference.rpartition(":")
-    if not place.endswith(".py"):
-        if _module_is_missing(place):
-            raise UserError(
-                f"function {reference}: there is no module '{place}'; is the package that has it installed?"
-            )
-        return
+    if place.endswith(".py"):
+        _check_source(place, name, arguments)
+    elif place in sys.modules:
+        _check_loaded(sys.modules[place], name, arguments, reference)
+    elif source := _source_of(place, reference):
+        _check_source(source, name, arguments)
+
+
+def _check_loaded(module: ModuleType, name: str, arguments: Sequence[str], reference: str) -> None:
+    if not hasattr(module, name):
+        hint = nearest(name, [n for n in dir(module) if not n.startswith("_")])
+        hint = hint if "did you mean" in hint else ""  # instead of all that a large module has
+        raise UserError(f"function {reference}: module {module.__name__} has no '{name}'{hint}")
+    found = getattr(module, name)
+    if not callable(found) or inspect.isclass(found):
+        kind = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
+        raise UserError(f"function {reference}: '{name}' is {kind}; expected a function")
+    if inspect.isfunction(found):
+        parameters_of(found, arguments, reference)
+
+
+def _check_source(place: str, name: str, arguments: Sequence[str]) -> None:
     try:
         tree = ast.parse(_read(place), filename=place)
     except (SyntaxError, ValueError) as error:
@@ -42,7 +58,9 @@ def check_function(reference: str, arguments: Sequence[str]) -> None:
     for statement in tree.body:
         known.update(dict.fromkeys(_names_bound(statement), statement))
     has_star = any(isinstance(s, ast.ImportFrom) and s.names[0].name == "*" for s in tree.body)
-    if name not in known and not has_star and not any(isinstance(s, (ast.If, ast.Try)) for s in tree.body):
+    # Names may also come from elsewhere: other branches, or a module that makes them when they are asked for.
+    is_open = has_star or "__getattr__" in known or any(isinstance(s, (ast.If, ast.Try)) for s in tree.body)
+    if name not in known and not is_open:
         functions = [n for n, s in known.items() if isinstance(s, ast.FunctionDef)]
         raise UserError(f"{place}: no function '{name}' in it{nearest(name, functions)}")
     definition = known.get(name)
@@ -71,8 +89,8 @@ def load_function(reference: str) -> Callable[..., Any]:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"function {reference} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise _not_imported(reference, error) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"function {reference}: {'not a function' if hasattr(module, name) else 'no such name'}")
@@ -116,11 +134,35 @@ def _names_bound(statement: ast.stmt) -> list[str]:
     return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 
-def _module_is_missing(name: str) -> bool:
+def _source_of(module: str, reference: str) -> str | None:
+    """The Python file of a module that is not loaded; None for one that is compiled.
+
+    Looks without importing the packages that the module is in, unless it cannot be found otherwise.
+    """
+    spec, path = None, None
+    parts = module.split(".")
     try:
-        return name not in sys.modules and importlib.util.find_spec(name) is None
-    except (ImportError, ValueError):
-        return True
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[:count])
+            found = (finder.find_spec(name, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            spec = next((one for one in found if one is not None), None)
+            path = spec.submodule_search_locations if spec is not None else None
+            if path is None:
+                break
+        if spec is None or spec.name != module:
+            spec = importlib.util.find_spec(module)
+    except (Exception, SystemExit) as error:  # the packages ran: whatever they raise
+        if not (isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")):
+            raise _not_imported(reference, error) from error
+        spec = None
+    if spec is None:
+        raise UserError(f"function {reference}: there is no module '{module}'; is the package that has it installed?")
+    return spec.origin if spec.origin is not None and spec.origin.endswith(".py") else None
+
+
+def _not_imported(reference: str, error: BaseException) -> UserError:
+    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return UserError(f"function {reference} cannot be imported: {reason}")
 
 
 def _read(place: str) -> bytes:

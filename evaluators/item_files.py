@@ -6,8 +6,10 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,15 +59,18 @@ class Reader:
         parse: makes the content of an item from a JSON object.
         reads_text: whether text files are read too, as contents `{"text": ...}`.
         separator: what stands between the texts of a text file; None for one text per file.
+        exclude: patterns of files in folders to leave out: `*.bak` goes by the name, `drafts/*` by the path
+            inside the folder; a star may stand for slashes too.
     """
 
-    def __init__(self, parse: Parse, reads_text: bool, separator: str | None) -> None:
+    def __init__(self, parse: Parse, reads_text: bool, separator: str | None, exclude: Sequence[str] = ()) -> None:
         self._parse, self._reads_text, self._separator = parse, reads_text, separator
+        self._exclude, self._unused = tuple(exclude), list(exclude)
 
     def __call__(self, path: Path, prefix: str) -> list[Item]:
         """The items of a file or folder; made-up ids start with `prefix`."""
         if path.is_dir():
-            items = [item for file, name in self._files(path) for item in self._file(file, prefix + name, blank=True)]
+            items = [item for file, name in self._files(path) for item in self._inside(file, prefix, name)]
         elif path.is_file():
             items = self._file(path, prefix + path.name, blank=False)
         else:
@@ -73,6 +78,24 @@ class Reader:
         if not items:
             raise UserError(f"{path}: no items in it, expected at least one")
         return items
+
+    def refuse_unused(self) -> None:
+        """Raise `UserError` if a pattern of `exclude` met no file: it is misspelt, and what it means is read."""
+        if self._unused:
+            raise UserError(f"exclude: no file of the data matches '{self._unused[0]}'; correct it or remove it")
+
+    def _inside(self, file: Path, prefix: str, name: str) -> list[Item]:
+        """The items of a file in a folder; one that cannot be read may be left out."""
+        try:
+            return self._file(file, prefix + name, blank=True)
+        except _UnreadableError as error:
+            raise UserError(f"{error}, or leave it out with exclude: ['{_literal(name)}']") from error
+
+    def _excludes(self, name: str) -> bool:
+        """Whether a file is left out, by its path inside the folder."""
+        met = [p for p in self._exclude if fnmatchcase(name, p) or fnmatchcase(name.rpartition("/")[2], p)]
+        self._unused = [pattern for pattern in self._unused if pattern not in met]
+        return bool(met)
 
     def _files(self, folder: Path) -> list[tuple[Path, str]]:
         """Files of a folder that hold items, with their names inside it; hidden ones are left out."""
@@ -82,6 +105,8 @@ class Reader:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in names:
                 file = Path(root, name)
+                if self._excludes(file.relative_to(folder).as_posix()):
+                    continue
                 if not name.startswith(".") and file.suffix.lower() in wanted:
                     found.append((file, file.relative_to(folder).as_posix()))
                 else:
@@ -92,12 +117,15 @@ class Reader:
         return sorted(found, key=lambda pair: pair[1])
 
     def _file(self, path: Path, name: str, *, blank: bool) -> list[Item]:
+        if not path.is_file():  # a pipe would be waited for
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file"
+            raise _UnreadableError(f"{path}: {what}; remove it")
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or name another file") from None
+            raise _UnreadableError(f"{path}: not UTF-8 text (byte {error.start}); convert it") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            raise _UnreadableError(f"{path}: cannot be read: {error.strerror}; make it readable") from error
         if not self._reads_text or path.suffix.lower() in JSONL_SUFFIXES | {".json"}:
             lines = enumerate(text.split("\n"), 1)
             return [self._line(path, number, line, name) for number, line in lines if line.strip()]
@@ -126,6 +154,15 @@ class Reader:
             return _item(labels.get("id", f"{name}:{number}"), labels.get("document"), where, self._parse(record))
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
+
+
+class _UnreadableError(UserError):
+    """A file that holds no text, whatever its name."""
+
+
+def _literal(name: str) -> str:
+    """A pattern for just this name, as it stands between single quotes in YAML."""
+    return re.sub(r"([*?\[])", r"[\1]", name).replace("'", "''")
 
 
 def _item(id_: str, document: str | None, where: str, content: Mapping[str, Any]) -> Item:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from evaluators.base import ITEM_POOLS, ConfigPath, Evaluator, ItemPool, Options
 from evaluators.errors import UserError
@@ -79,6 +79,9 @@ class PoolOptions(Options):
         None, description="shares of the documents in search, select and certify (default 0.5, 0.2, 0.3)"
     )
     limit: int | None = Field(None, ge=1, description="at most so many items per pool, a fixed random choice")
+    exclude: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
+        (), description="files of folders to leave out, by name or path inside the folder, such as *.bak or drafts/*"
+    )
 
     @model_validator(mode="after")
     def _split_needs_one_path(self) -> PoolOptions:
@@ -151,6 +154,7 @@ class ItemEvaluator(Evaluator):
             limit=options.limit,
             reads_text=self.reads_text,
             separator=getattr(options, "separator", None),
+            exclude=getattr(options, "exclude", ()),
         )
 
     @abstractmethod
@@ -182,6 +186,7 @@ def read_items(
     limit: int | None = None,
     reads_text: bool = False,
     separator: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> Items:
     """The items at a path or at three, in disjoint pools.
 
@@ -195,11 +200,12 @@ def read_items(
         limit: most items per pool.
         reads_text: whether text files are read too, as contents `{"text": ...}`.
         separator: what stands between the texts of a text file; None for one text per file.
+        exclude: patterns of the files of folders that are not read.
 
     Raises:
         UserError: file and line, what is wrong, and the way out.
     """
-    read = Reader(parse, reads_text, separator)
+    read = Reader(parse, reads_text, separator, exclude)
     pools: dict[ItemPool, list[Item]] = {pool: [] for pool in ITEM_POOLS}
     if isinstance(data, PoolPaths):
         for pool in ITEM_POOLS:
@@ -209,6 +215,7 @@ def read_items(
         for item in read(data, ""):
             pools[split.pool_of(item.document)].append(item)
         _refuse_empty(pools, data, split)
+    read.refuse_unused()
     _refuse_overlap(pools)
     return Items(pools, limit)
 

@@ -61,7 +61,7 @@ class Setup:
         reserved = cluster.pool == "local" or cluster.gpus_per_worker > 0
         return "cpu" if cluster.device == "auto" and not reserved else cluster.device
 
-    def worker_plan(self, prepared_folder: str | None = None) -> WorkerPlan:
+    def worker_plan(self) -> WorkerPlan:
         """What every worker is told."""
         cluster = self.config.cluster
         return WorkerPlan(
@@ -74,7 +74,6 @@ class Setup:
             dtype=cluster.dtype,
             threads=cluster.threads,
             seed=self.config.seed,
-            prepared_folder=prepared_folder,
         )
 
 
@@ -123,6 +122,10 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
             ("search", "budget"),
             f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
         )
+    cluster = config.cluster
+    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
+        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
+        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
     make_optimizer: MakeOptimizer | None = None
     try:
         make_optimizer = optimizer_named(config.search.optimizer.name)
@@ -190,6 +193,11 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         make_optimizer=make_optimizer,
         data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
     )
+
+
+def has_gpu() -> bool:
+    """Whether a GPU driver of NVIDIA or AMD is there, also in WSL; torch, which knows better, takes seconds."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def check_evaluators(loaded: LoadedConfig, model: Checkpoint) -> dict[str, Evaluator]:

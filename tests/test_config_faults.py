@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import meiosis
 
 from meiosis.cli.main import main
+from search.setup import has_gpu
 
 Edit = Callable[[dict[str, Any], Path], None]
 
@@ -324,3 +326,19 @@ def test_set_replaces_values_of_the_config(family_config: dict[str, Any], tmp_pa
         load_config(path, ("search.budgt=7",))
     with pytest.raises(ConfigError, match=r"expected key\.path=value"):
         load_config(path, ("search.budget",))
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "cuda"), ("gpus_per_worker", 1)])
+def test_a_gpu_that_is_not_there_is_noticed_before_the_run_exists(
+    key: str, value: object, family_config: dict[str, Any], tmp_path: Path
+) -> None:
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    put("cluster.pool", "ray")(family_config, tmp_path)
+    put(f"cluster.{key}", value)(family_config, tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(family_config))
+    ended = meiosis("search", path, "--run", "one")
+    assert ended.status == 2
+    assert f"cluster.{key}: this machine has no GPU" in ended.err
+    assert not (tmp_path / "results").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import meiosis, write_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -271,6 +272,34 @@ def test_a_damaged_checkpoint_ends_in_one_line_of_its_own(name: str, tmp_path: P
     same = {name, SAME_KIND.get(name), *(key for key, value in SAME_KIND.items() if value == name)}
     for other, (_, _, their_phrase) in (SINGLE | SHARDED).items():
         assert other in same or their_phrase not in message, f"the message is also that of '{other}'"
+
+
+@pytest.mark.parametrize("name", [*SINGLE, *SHARDED])
+def test_a_damaged_source_ends_the_command_in_one_line_and_status_2(name: str, tmp_path: Path) -> None:
+    damage, file, phrase = (SINGLE | SHARDED)[name]
+    folder = tmp_path / "model"
+    write = write_single if name in SINGLE else write_sharded
+    write(tmp_path / "base")
+    write(folder)
+    (tmp_path / "score.py").write_text("def score(model):\n    return 1.0\n")
+    config = {
+        "name": "damaged",
+        "models": {"base": "base", "sources": {"mine": "model"}},
+        "space": {"operator": "linear"},
+        "evaluators": {"own": {"use": "python", "function": "score.py:score"}},
+        "objectives": ["own.score"],
+    }
+    path = write_config(config, tmp_path)
+    if name in ("empty file", "missing shard"):  # nothing but the damage is wrong
+        assert meiosis("plan", path).status == 0
+    damage(folder)
+    ended = meiosis("plan", path)
+    assert ended.status == 2, ended.err
+    assert ended.out == ""
+    (line,) = ended.err.splitlines()
+    assert file in line
+    assert str(folder) in line
+    assert phrase in line
 
 
 def test_a_missing_folder_is_told_with_the_nearest_name(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -213,6 +214,65 @@ def test_faults_of_files_are_reported_with_a_way_out(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
+def folder_of_texts(folder: Path) -> Path:
+    for number, text in enumerate(TEXTS):
+        path = folder / f"part{number % 2}" / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def a_broken_link(path: Path) -> None:
+    path.symlink_to("gone.txt")
+
+
+def a_latin_text(path: Path) -> None:
+    path.write_bytes("é".encode("latin-1"))
+
+
+UNREADABLE = {
+    "a link to nothing": a_broken_link,
+    "not a regular file": os.mkfifo,
+    "not UTF-8 text (byte 0)": a_latin_text,
+}
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+@pytest.mark.parametrize("name", ["old.txt", "it's [old]*.txt"])
+def test_a_file_of_a_folder_that_cannot_be_read_is_left_out_as_its_message_says(
+    fault: str, name: str, tmp_path: Path
+) -> None:
+    good = read_items(folder_of_texts(tmp_path), parse, reads_text=True).sha256()
+    UNREADABLE[fault](tmp_path / "part1" / name)
+    with pytest.raises(UserError) as caught:
+        read_items(tmp_path, parse, reads_text=True)
+    message = str(caught.value)
+    assert f"{name}: {fault}; " in message
+    exclude = yaml.safe_load(message[message.index("exclude: ") :])["exclude"]
+    assert read_items(tmp_path, parse, reads_text=True, exclude=exclude).sha256() == good
+
+
+def test_excluded_files_are_found_by_name_and_by_path_and_change_nothing_else(tmp_path: Path) -> None:
+    folder = folder_of_texts(tmp_path)
+    everything = pools_of(read_items(folder, parse, reads_text=True))
+    for exclude, left_out in {
+        ("7.txt",): {TEXTS[7]},
+        ("1?.txt", "3.txt"): {*TEXTS[10:20], TEXTS[3]},
+        ("part1/*",): set(TEXTS[1::2]),
+        ("part0/3*", "part1/3?.txt"): set(TEXTS[30:40]),
+    }.items():
+        pools = pools_of(read_items(folder, parse, reads_text=True, exclude=exclude))
+        assert pools == {pool: texts - left_out for pool, texts in everything.items()}
+
+
+def test_a_pattern_that_excludes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"exclude: no file of the data matches '\*\.bak'"):
+        read_items(folder_of_texts(tmp_path / "a"), parse, reads_text=True, exclude=["7.txt", "*.bak"])
+    path = jsonl(tmp_path / "a.jsonl", *({"text": t} for t in TEXTS))
+    with pytest.raises(UserError, match=r"no file of the data matches 'a\.jsonl'"):
+        read_items(path, parse, exclude=["a.jsonl"])
+
+
 def test_equal_contents_in_two_pools_are_refused_with_both_places(tmp_path: Path) -> None:
     data = three(tmp_path, search=["a", "b"], certify=["c", "b"])
     with pytest.raises(UserError, match=r"certify.jsonl:2: the same content as .*search.jsonl:2"):
@@ -252,6 +312,8 @@ def test_relative_paths_start_at_the_folder_of_the_config_and_become_absolute(tm
         ({"data": "a", "split": {"search": 0.6}}, "add up to 1.1, expected 1"),
         ({"data": "a", "split": {"search": 0, "select": 0.5, "certify": 0.5}}, "greater than 0"),
         ({"data": {"search": "a", "select": "b", "certify": "c"}, "split": {}}, "split has no effect"),
+        ({"data": "a", "exclude": "*.bak"}, "Input should be a valid tuple"),
+        ({"data": "a", "exclude": [""]}, "at least 1 character"),
         ({"data": "a", "dat": "b"}, "Extra inputs"),
     ],
 )

@@ -127,10 +127,12 @@ def test_what_the_function_does_to_its_items_does_not_reach_the_next_candidate(t
 def test_a_function_of_an_installed_module_is_found(tmp_path: Path) -> None:
     spec = EvaluatorSpec("f", "python", {"function": "math:prod", "metrics": {"score": {}}})
     make_evaluator(spec).check()
-    evaluator = make_evaluator(EvaluatorSpec("f", "python", {"function": "evaluators.custom.python:_is_one"}))
+    evaluator = make_evaluator(EvaluatorSpec("f", "python", {"function": "platform:system"}))
     evaluator.check()
+    evaluator.prepare(Context(tmp_path))
+    other = make_evaluator(EvaluatorSpec("f", "python", {"function": "evaluators.custom.python:_is_one"}))
     with pytest.raises(UserError, match="asks for 'result'"):
-        evaluator.prepare(Context(tmp_path))
+        other.check()
 
 
 def test_two_files_with_the_same_name_do_not_mix_and_an_edit_is_seen(tmp_path: Path) -> None:
@@ -260,3 +262,79 @@ def test_a_missing_file_or_module_is_refused(tmp_path: Path, function: str) -> N
     evaluator = make(tmp_path, "", function=function)
     with pytest.raises(UserError, match=r"gone\.py: no such file|there is no module"):
         evaluator.check()
+
+
+@pytest.fixture
+def module_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which modules can be imported by name."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def scor(model):\n    return 1", "no function 'score' in it; did you mean 'scor'?"),
+        ("class score:\n    pass", "'score' is a class"),
+        ("def score(model, item):\n    pass", "asks for 'item'; did you mean 'items'?"),
+        ("def score(model:\n    pass", "not Python"),
+    ],
+)
+@pytest.mark.parametrize("inside", ["", "a_package_of_mine"])
+def test_check_finds_the_mistake_in_a_module_without_importing_it(
+    tmp_path: Path, module_folder: Path, code: str, message: str, inside: str
+) -> None:
+    (module_folder / inside).mkdir(exist_ok=True)
+    if inside:
+        (module_folder / inside / "__init__.py").write_text("raise SystemExit('was imported')")
+    (module_folder / inside / "mine_by_name.py").write_text(f"{code}\nraise SystemExit('was imported')\n")
+    function = f"{inside}.mine_by_name:score" if inside else "mine_by_name:score"
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, "", function=function).check()
+    assert message in str(caught.value)
+    assert "mine_by_name.py" in str(caught.value)
+
+
+def test_check_does_not_import_a_module_that_is_right(tmp_path: Path, module_folder: Path) -> None:
+    (module_folder / "right_by_name.py").write_text("def score(model):\n    return 1\nraise SystemExit(1)\n")
+    evaluator = make(tmp_path, "", function="right_by_name:score")
+    evaluator.check()
+    with pytest.raises(UserError, match="cannot be imported: SystemExit: 1"):
+        evaluator.prepare(Context(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "code", ["def __getattr__(name):\n    return print", "from os.path import *", "try: x\nfinally: 1"]
+)
+def test_a_name_that_only_running_the_module_can_show_is_let_pass(
+    tmp_path: Path, module_folder: Path, code: str
+) -> None:
+    (module_folder / "open_by_name.py").write_text(code)
+    make(tmp_path, "", function="open_by_name:score").check()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("os.path:nope", "function os.path:nope: module posixpath has no 'nope'"),
+        ("os.path:joi", "has no 'joi'; did you mean 'join'?"),
+        ("os.path:sep", "'sep' is of type str; expected a function"),
+        ("json:JSONDecoder", "'JSONDecoder' is a class"),
+        ("os.path:join", "asks for 'a'"),
+        ("os:no:such", "there is no module 'os:no'"),
+        ("json.nothing:score", "there is no module 'json.nothing'"),
+    ],
+)
+def test_check_looks_into_modules_that_are_loaded(tmp_path: Path, function: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, "", function=function).check()
+    assert message in str(caught.value)
+
+
+def test_a_package_that_cannot_be_imported_is_told_with_its_reason(tmp_path: Path, module_folder: Path) -> None:
+    (module_folder / "broken_of_mine").mkdir()
+    (module_folder / "broken_of_mine" / "__init__.py").write_text("raise ValueError('too\\nbad')")
+    with pytest.raises(UserError, match=r"broken_of_mine\.gone:score cannot be imported: ValueError: too$"):
+        make(tmp_path, "", function="broken_of_mine.gone:score").check()

@@ -8,6 +8,7 @@ TIES, whose trimming and signs turn on them, only with our own float32 merge.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,8 @@ from search.recipe import Recipe
 
 torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-if not GOLDEN.is_dir():
-    pytest.skip(f"the golden merges are not beside the repository ({GOLDEN})", allow_module_level=True)
+GOLDEN = Path(os.environ.get("MEIOSIS_GOLDEN") or Path(__file__).parent / "golden")
+"""Some tensors of every model, or a folder of the same layout with whole models; see its README.md."""
 
 DETERMINISTIC = ("linear", "slerp", "task_arithmetic", "ties")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -118,7 +118,12 @@ def merge(family: str, case: str, *, dtype: torch.dtype | None = None) -> Merged
     expected = load_file(folder / "model.safetensors")
     layers = 1 + max(int(match.group(1)) for name in expected if (match := LAYER.match(name)))
     recipe = recipe_of(config, list(expected), layers)
-    inputs = {name: load_model(ref.path, config.get("dtype")) for name, ref in recipe.models.items()}
+    inputs = {
+        name: {
+            tensor: values for tensor, values in load_model(ref.path, config.get("dtype")).items() if tensor in expected
+        }
+        for name, ref in recipe.models.items()
+    }
     ours = {name: torch.full_like(tensor, 7.0, dtype=dtype or tensor.dtype) for name, tensor in expected.items()}
     Merger({name: InMemoryTensors(model) for name, model in inputs.items()}).merge_into(recipe, ours)
     return Merged(ours, expected, inputs, recipe)
@@ -200,7 +205,7 @@ def test_ties_in_bfloat16_differs_only_at_equal_magnitudes() -> None:
             tied |= delta == delta.flatten().sort(descending=True).values[k - 1]
         assert torch.equal(merged.ours[name][~tied], expected[~tied]), name
         compared, total = compared + int((~tied).sum()), total + tied.numel()
-    assert compared > 0.98 * total
+    assert compared > 0.9 * total  # more than 0.98 in tensors larger than the few of the small set
 
 
 @pytest.mark.parametrize(("family", "case"), [pair for pair in COARSE if pair[1].startswith("ta")])

@@ -163,8 +163,9 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
 
 
 def _needs_library(place: Path, name: str, error: ImportError) -> CheckpointError:
+    reason = _first_line(error).partition(". ")[0].rstrip(".")  # how to install it goes on for several lines
     return CheckpointError(
-        f"{place}: {name} needs a library that is not installed here: {_first_line(error)}; install it, "
+        f"{place}: {name} needs a library that is not installed here: {reason}; install it, "
         "or use a model that transformers loads by itself"
     )
 
