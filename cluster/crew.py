@@ -143,7 +143,7 @@ def several_nodes() -> bool:
 def reason(error: BaseException) -> str:
     """Why a call of a worker failed, in one line, out of Ray's page of text."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
+    if isinstance(cause, BaseException):
         return one_line(cause)
     import ray
 

@@ -5,6 +5,7 @@ from evaluators.errors import MeiosisError, UserError, nearest
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DeviceLostError",
     "HistoryError",
     "InterruptedRun",
     "MeiosisError",
@@ -44,3 +45,11 @@ class InterruptedRun(MeiosisError):  # noqa: N818 - an interruption is a normal 
     """The user stopped the search; the message says what was saved and how to go on."""
 
     exit_status = 130
+
+
+class DeviceLostError(BaseException):
+    """The accelerator fails whatever this process asks of it: after an assertion in a kernel, say.
+
+    Not an `Exception`, which pools take for what a candidate did: this must end the process. The pool on Ray
+    replaces a worker whose call raises it; in the process of the driver it ends the run, which can go on.
+    """

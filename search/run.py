@@ -13,7 +13,7 @@ from typing import Any
 
 from search.config import parse_config
 from search.driver import Driver, Key, Limits, replay
-from search.errors import InterruptedRun, RunError, UserError
+from search.errors import DeviceLostError, InterruptedRun, RunError, UserError
 from search.export import export_candidate
 from search.finals import Verdict, finish
 from search.manifest import changed_versions, make_manifest, read_manifest
@@ -165,6 +165,8 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
                 watcher.line("exporting the winner")
                 export_candidate(setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended)
             write_report(folder, setup, ended)
+        except DeviceLostError as error:  # of this process: the in-process pool has no other worker
+            raise RunError(f"{error}") from error
         except KeyboardInterrupt:
             done = sum(1 for _, items in driver.trials if items == "search")
             raise InterruptedRun(

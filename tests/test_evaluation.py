@@ -21,9 +21,11 @@ from recipes import PARAMETERS, models_of, recipe_of
 from evaluators.base import EvaluatorSpec
 from search.checkpoints.fingerprint import hash_tensors
 from search.checkpoints.reading import CheckpointTensors, open_checkpoint
-from search.evaluation import DeviceLostError, Evaluation, model_state, require_device
+from search.errors import DeviceLostError
+from search.evaluation import Evaluation, require_device
 from search.local_pool import LocalPool
 from search.merge.apply import Merger
+from search.model_state import model_state
 from search.pool import Job, Outcome, WorkerPlan
 from search.recipe import Recipe
 from search.seeds import seeded
