@@ -59,3 +59,19 @@ def test_every_command_of_the_readme_is_there() -> None:
 def test_the_two_commands_are_the_first_thing() -> None:
     first = README.split("```")[0].split("\n\n")[1]
     assert re.findall(r"^    make (\w+)", first, re.MULTILINE) == ["search", "test"]
+
+
+def test_the_table_of_results_is_the_committed_one_and_every_row_of_every_seed_is_beaten() -> None:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(ROOT / "results" / "reference" / "three_seeds.parquet").to_pylist()
+    for seed in (0, 1, 2):
+        of_seed = {row["model"]: row for row in rows if row["seed"] == seed}
+        found = of_seed.pop("found merge")
+        assert len(of_seed) >= 9
+        assert all(row["p_holm"] < 0.01 and row["winner_minus_this"] < 0 for row in of_seed.values())
+        best = min(
+            (row for name, row in of_seed.items() if not name.startswith("parent:")), key=lambda r: r["objective"]
+        )
+        line = next(line for line in README.splitlines() if line.startswith(f"| {seed} |"))
+        assert f"{best['objective']:.4f} ({best['model']}) | **{found['objective']:.4f}**" in line
