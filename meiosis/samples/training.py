@@ -38,7 +38,6 @@ class Phase(BaseModel):
     batch: int = Field(ge=2, description="windows per step")
     learning_rate: float = Field(gt=0, description="peak, of AdamW")
     final: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a part of the peak")
-    embedding: float = Field(1.0, gt=0, description="learning rate of the embeddings, relative to the rest")
 
 
 class ModelShape(BaseModel):
@@ -180,13 +179,10 @@ def train(
 
     twin = _twin(model)
     parameters = list(model.parameters())
-    embedding = model.get_input_embeddings().weight
-    matrices = [p for p in parameters if p.ndim >= 2 and p is not embedding]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [embedding], "weight_decay": 0.1, "relative": phase.embedding},
-            {"params": matrices, "weight_decay": 0.1, "relative": 1.0},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "relative": 1.0},
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
         fused=True,
@@ -197,7 +193,7 @@ def train(
         progress = max(0.0, (step - warmup) / max(1, phase.steps - warmup))
         decay = phase.final + (1 - phase.final) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = phase.learning_rate * group["relative"] * min((step + 1) / warmup, decay)
+            group["lr"] = phase.learning_rate * min((step + 1) / warmup, decay)
         halves = next(data).chunk(2)
         if pool is None:
             losses = [_backward(half, batch) for half, batch in zip((model, twin), halves, strict=True)]
