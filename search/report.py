@@ -12,15 +12,17 @@ from search.store.run_folder import RunFolder
 def write_report(folder: RunFolder, setup: Setup, verdict: Verdict) -> None:
     """Write `report.md` into the run folder."""
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
+    scaled = "each scaled to best parent 0, worst parent 1"
+    unit = scaled if setup.config.objectives.normalize == "parents" else "as they are"
     lines = [
         f"# Run {folder.name}",
         "",
         verdict.sentence(),
         "",
-        f"Objective, smaller is better: {objectives}; normalised against the parents: "
-        f"{setup.config.objectives.normalize == 'parents'}. "
+        f"Objective, smaller is better: {objectives}; {unit}. "
         f"{setup.config.search.budget} candidates, {len(setup.space.genes)} genes, seed {setup.config.seed}.",
-        "Certify items: no candidate was scored on them before. Intervals and p-values: paired bootstrap over "
+        "Certify items: no candidate was scored on them before; of a baseline with several settings, the one that "
+        "is best on the select items stands here. Intervals and p-values: paired bootstrap over "
         "documents, 10,000 draws; p corrected for the number of rows (Holm).",
         "",
         markdown_table(verdict),

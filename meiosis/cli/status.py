@@ -63,7 +63,8 @@ def _show(status: RunStatus) -> None:
     console = out()
     console.print(f"Run {status.name}: {status.state}, {status.done} of {status.budget} candidates told.")
     if status.best_loss is not None:
-        console.print(f"Best: trial {status.best_candidate} ({status.best_origin}), loss {status.best_loss:.4f}")
+        best = f"trial {status.best_candidate} ({status.best_origin}), loss {status.best_loss:.4f}"
+        console.print(f"Best on the search items: {best}")
         for name, value in sorted(status.best_metrics.items()):
             console.print(f"  {name} {value:.4f}")
     for message, count in status.failures.items():
