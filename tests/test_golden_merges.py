@@ -205,7 +205,9 @@ def test_ties_in_bfloat16_differs_only_at_equal_magnitudes() -> None:
             tied |= delta == delta.flatten().sort(descending=True).values[k - 1]
         assert torch.equal(merged.ours[name][~tied], expected[~tied]), name
         compared, total = compared + int((~tied).sum()), total + tied.numel()
-    assert compared > 0.9 * total  # more than 0.98 in tensors larger than the few of the small set
+    # Small tensors in bfloat16 have more elements of equal magnitude, whose order mergekit leaves open.
+    whole_models = "MEIOSIS_GOLDEN" in os.environ
+    assert compared > (0.98 if whole_models else 0.9) * total
 
 
 @pytest.mark.parametrize(("family", "case"), [pair for pair in COARSE if pair[1].startswith("ta")])
