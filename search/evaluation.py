@@ -17,13 +17,14 @@ from pathlib import Path
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
 from search.checkpoints.fingerprint import hash_tensors
-from search.checkpoints.reading import CheckpointTensors, open_checkpoint
+from search.checkpoints.reading import open_checkpoint
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
 from search.merge.live import build_live_model
 from search.model_state import model_state
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
 from search.seeds import derive_seed, seeded
+from search.sources import open_sources
 
 
 class Evaluation:
@@ -46,16 +47,18 @@ class Evaluation:
         base = plan.models[plan.base]
         self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
         checkpoints = {name: open_checkpoint(ref.path) for name, ref in plan.models.items()}
-        sources = {name: CheckpointTensors(checkpoint) for name, checkpoint in checkpoints.items()}
+        opened = open_sources(checkpoints)
         self._merger = Merger(
-            sources,
+            opened.tensors,
             device=device,
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
             identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+            names=opened.names,
+            statistics=opened.statistics,
         )
         self._names = tuple(checkpoints[plan.base].tensors)
         self._build()
-        self._model.check_holds(sources[plan.base])
+        self._model.check_holds(opened.tensors[plan.base])
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
         self._evaluators: dict[str, Evaluator] = {}
         for spec in plan.evaluators:

@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluators.base import ITEM_POOLS, ItemPool
 from search.checkpoints.compatibility import check_compatible
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
-from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
+from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.checkpoints.writing import write_checkpoint
 from search.errors import CheckpointError, MeiosisError, RecipeError
 from search.finals import Verdict
@@ -18,6 +18,7 @@ from search.model_card import model_card
 from search.population import Candidate
 from search.recipe import ModelRef, Recipe
 from search.setup import Setup, first_difference
+from search.sources import open_sources
 from search.store.events import Trial
 
 
@@ -121,16 +122,21 @@ def write_merge(
     from search.evaluation import resolve_device
 
     donor = checkpoints[recipe.donor]
+    opened = open_sources({name: checkpoints[name] for name in recipe.models}, recipe)
     merger = Merger(
-        {name: CheckpointTensors(checkpoints[name]) for name in recipe.models},
+        opened.tensors,
         device=resolve_device(device),
         identity={name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+        names=opened.names,
+        statistics=opened.statistics,
+        keep_prepared=False,
     )
     write_checkpoint(
         merger.merge_tensors(recipe),
         donor,
         out,
-        extra_files={"recipe.yaml": recipe.to_yaml(), **extra_files},
+        extra_files={"recipe.yaml": recipe.to_yaml(), **opened.files, **extra_files},
+        config_changes=opened.config,
         dtype=recipe.dtype,
         overwrite=overwrite,
         verify=verify,

@@ -62,6 +62,17 @@ def place_of(tensor: str) -> Place:
     return Place("", None, kind)
 
 
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Tensor name -> 0 in the first layer of its stack to 1 in the last (1 in an only layer); others are left out."""
+    places = {name: place for name in names if (place := place_of(name)).layer is not None}
+    last: dict[str, int] = {}
+    for place in places.values():
+        last[place.stack] = max(last.get(place.stack, 0), place.layer or 0)
+    return {
+        name: (place.layer or 0) / last[place.stack] if last[place.stack] else 1.0 for name, place in places.items()
+    }
+
+
 def group_tensors(
     names: Iterable[str], layers_per_group: int, split: Sequence[str], patterns: Mapping[str, str]
 ) -> tuple[Group, ...]:

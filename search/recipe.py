@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,10 @@ class ModelRef(BaseModel):
 
     path: str = Field(description="checkpoint folder or hub id")
     sha256: str | None = Field(None, description="content hash of the weights, filled in by Meiosis")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    statistics: str | None = Field(
+        None, description="file that `meiosis statistics` wrote, for operators that need one"
+    )
 
 
 class Rule(BaseModel):
@@ -46,6 +50,30 @@ class Rule(BaseModel):
     parameters: dict[str, Value] = Field(default_factory=dict, description="parameters that all models share")
 
 
+class TokenRule(BaseModel):
+    """Where the row of one token comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str | None = Field(None, description="a model, or `zero`; by default as for other tokens")
+    token: str | None = Field(None, description="another token of that model, whose row is taken")
+    force: bool = Field(False, description="whether models that have the token take this row too")
+
+
+class Vocabulary(BaseModel):
+    """The tokens of the output, and the rows of tokens that a model lacks.
+
+    Such a row is that of the only model that has the token, or else the base's, or else the mean of the
+    models that have it (as mergekit does).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens_of: str = Field("base", description="`base`, `union` of all models in their order, or a model name")
+    tokens: dict[str, TokenRule] = Field(default_factory=dict, description="token -> where its row comes from")
+    pad_to_multiple_of: int | None = Field(None, ge=1, description="rows are added until their number is a multiple")
+
+
 class Recipe(BaseModel):
     """A merge of `models`; for each tensor the first rule that matches its name holds."""
 
@@ -57,6 +85,19 @@ class Recipe(BaseModel):
     rules: tuple[Rule, ...] = Field(min_length=1)
     dtype: str | None = Field(None, description="dtype of the output; by default each tensor keeps that of the donor")
     seed: int = Field(0, ge=0, description="seed of operators that draw masks")
+    input_dtype: str | None = Field(None, description="dtype that every input is rounded to before it is merged")
+    compute: Literal["float32", "inputs"] = Field(
+        "float32", description="what to compute in: float32, or as mergekit does the dtype of the inputs"
+    )
+    layers: tuple[dict[str, Annotated[int, Field(ge=0)]], ...] | None = Field(
+        None,
+        min_length=1,
+        description="for models with other layers than their own: for every layer of the output, model name -> number "
+        "of the layer that is read; tensors outside the layers are read as they are",
+    )
+    vocabulary: Vocabulary | None = Field(
+        None, description="for models whose tokenizers differ: what to do with tokens"
+    )
 
     @property
     def donor(self) -> str:
@@ -68,6 +109,7 @@ class Recipe(BaseModel):
         for where, name in [
             ("base", self.base),
             *((f"rules[{i}].sources", s) for i, r in enumerate(self.rules) for s in r.sources),
+            *((f"layers[{i}]", s) for i, layer in enumerate(self.layers or ()) for s in layer),
         ]:
             if name is not None and name not in self.models:
                 from search.errors import nearest
@@ -112,6 +154,11 @@ class Recipe(BaseModel):
         """What the hash covers: everything, with a model standing for its bytes where they are known."""
         data = self.model_dump(mode="json")
         data["models"] = {name: ref.sha256 or ref.path for name, ref in sorted(self.models.items())}
+        if statistics := {name: ref.statistics for name, ref in sorted(self.models.items()) if ref.statistics}:
+            data["statistics"] = statistics
+        for name in ("input_dtype", "compute", "layers", "vocabulary"):  # younger than the first hashes
+            if data[name] == type(self).model_fields[name].default:
+                del data[name]
         return data
 
     @property

@@ -62,6 +62,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = 5 * 10**9,
     extra_files: Mapping[str, str | bytes] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     verify: Callable[[Path], None] = lambda _: None,
@@ -74,6 +75,7 @@ def write_checkpoint(
         donor: gives config, tokenizer and the other files that a model needs to load.
         max_shard_bytes: tensors of more than this in all are split over files with an index.
         extra_files: plain file name -> content, such as the recipe and the model card.
+        config_changes: keys of `config.json` that get other values than the donor's.
         dtype: dtype of all floating-point tensors, as in torch (`bfloat16`) or safetensors (`BF16`);
             by default each keeps its own.
         verify: called with the finished folder before it gets its name; what it raises leaves nothing behind.
@@ -101,7 +103,7 @@ def write_checkpoint(
         _check_space(out, _expected_bytes(tensors, donor, target))
         staging.mkdir()
         written = write_weights(entries(tensors, target), staging, max_shard_bytes)
-        _write_companions(donor, staging, written, extra_files)
+        _write_companions(donor, staging, written, extra_files, config_changes or {})
         for name, content in extra_files.items():
             write_file(staging / name, [content.encode() if isinstance(content, str) else content])
         marker = {"meiosis": 1, "weights_sha256": combine_hashes(written), "tensors": len(written)}
@@ -177,15 +179,20 @@ def _cannot_write(out: Path, error: OSError) -> MeiosisError:
     return MeiosisError(f"{out}: cannot be written: {error.strerror or error}{where}; nothing was left behind")
 
 
-def _write_companions(donor: Checkpoint, folder: Path, written: Written, others: Collection[str]) -> None:
+def _write_companions(
+    donor: Checkpoint, folder: Path, written: Written, others: Collection[str], changes: Mapping[str, Any]
+) -> None:
     """The config, with the dtype that the weights now have, and what else the donor needs but `others`."""
     theirs = _main_float((info.dtype, info.shape) for info in donor.tensors.values())
     ours = _main_float((dtype, shape) for _, dtype, shape, _ in written)
     config = (donor.folder / "config.json").read_bytes()
-    if ours is not None and ours != theirs:
-        changed = _with_dtype(donor.config, TORCH_NAMES[ours])
-        if not {"dtype", "torch_dtype"} & changed.keys():
-            changed["dtype"] = TORCH_NAMES[ours]
+    other_dtype = ours is not None and ours != theirs
+    if changes or other_dtype:
+        changed = {**donor.config, **changes}
+        if ours is not None and other_dtype:
+            changed = _with_dtype(changed, TORCH_NAMES[ours])
+            if not {"dtype", "torch_dtype"} & changed.keys():
+                changed["dtype"] = TORCH_NAMES[ours]
         config = json.dumps(changed, indent=2).encode()
     write_file(folder / "config.json", [config])
     for path in sorted([*donor.folder.iterdir(), *donor.folder.glob("additional_chat_templates/*")]):

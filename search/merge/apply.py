@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from search.errors import RecipeError, nearest
+from search.grouping import depths
 from search.merge.check import BoundRule, bind_rules
 from search.merge.inputs import RecentValues, Scratch, TensorInputs
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS, ROW_ELEMENTS
@@ -57,6 +58,10 @@ class Merger:
         prepared_folder: node-local folder in which workers share what operators prepare.
         identity: model name -> content hash. Without one for a model, what is prepared for it stays
             in this process.
+        names: the tensors of the output, in order; by default those of the recipe's donor.
+        statistics: model name -> its statistics, tensors named `kind/tensor`.
+        keep_prepared: whether what operators prepare is kept for the next merge; a single merge lets go
+            of it tensor by tensor.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class Merger:
         block_elements: int | None = None,
         prepared_folder: Path | None = None,
         identity: Mapping[str, str] | None = None,
+        names: Iterable[str] | None = None,
+        statistics: Mapping[str, TensorSource] | None = None,
+        keep_prepared: bool = True,
     ) -> None:
         self._models = dict(models)
         self._names = {model: frozenset(source.names) for model, source in self._models.items()}
@@ -74,6 +82,10 @@ class Merger:
         self._block_elements = block_elements
         self._folder = PreparedFolder(Path(prepared_folder)) if prepared_folder is not None else None
         self._identity = dict(identity or {})
+        self._output_names = None if names is None else tuple(names)
+        self._statistics = dict(statistics or {})
+        self._keep_prepared = keep_prepared
+        self._depth_of: Mapping[str, float] = {}
         self._scratch = Scratch()
         self._cache = RecentValues(CACHED_VALUES)
         self._prepared: dict[tuple[object, ...], Prepared] = {}
@@ -112,17 +124,16 @@ class Merger:
         """The merged tensors one by one, each newly allocated, with the bits of `merge_into`.
 
         Args:
-            names: which of the donor's tensors; by default all, in the donor's order. The dtype is the
-                recipe's, or else that of the donor's tensor.
+            names: which tensors of the output; by default all, in order. The dtype is the recipe's, or
+                else that of the donor's tensor, or of the first source where the donor has none.
 
         Raises: as `merge_into`.
         """
-        donor = self._models[self._known(recipe.donor)]
-        wanted = list(donor.names if names is None else names)
+        wanted = list(self._names_of(recipe) if names is None else names)
         rules = self._assign(recipe, wanted)
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
         for name in wanted:
-            like = self._get(recipe.donor, name)
+            like = self._get(recipe.donor if name in self._names[recipe.donor] else rules[name].sources[0], name)
             keep = dtype is None or not like.dtype.is_floating_point
             merged = torch.empty(like.shape, dtype=like.dtype if keep else dtype, device=self._device)
             with torch.no_grad():
@@ -144,13 +155,18 @@ class Merger:
                     f"those here are {held[:12]}; point it at the model it was made from"
                 )
         position = {id(rule): index for index, rule in enumerate(recipe.rules)}
-        donor_names = list(self._models[recipe.donor].names)
-        assigned = recipe.assign(donor_names)
+        known = self._names_of(recipe)
+        assigned = recipe.assign(known)
         wanted = set(names)
-        unknown = sorted(wanted - set(donor_names))
+        unknown = sorted(wanted - set(known))
         if unknown:
-            raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], donor_names)}")
+            raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], known)}")
         return {name: bound[position[id(rule)]] for name, rule in assigned.items() if name in wanted}
+
+    def _names_of(self, recipe: Recipe) -> tuple[str, ...]:
+        """The tensors of the output, in order."""
+        donor = self._models[self._known(recipe.donor)]
+        return tuple(donor.names) if self._output_names is None else self._output_names
 
     def _holds(self, name: str, fingerprint: tuple[object, ...], target: Tensor) -> bool:
         """Whether the last merge left just this in this memory, and nobody wrote there since."""
@@ -210,7 +226,22 @@ class Merger:
             block_elements=rows * ROW_ELEMENTS,
             scratch=self._scratch,
             cache=self._cache,
+            compute=rule.compute,
+            input_dtype=None if rule.input_dtype is None else getattr(torch, rule.input_dtype),
+            depth=self._depths(rule.models[-1]).get(name),
+            statistics=lambda kind, index: self._statistic(f"{kind}/{name}", sources[index]),
         )
+
+    def _depths(self, model: str) -> Mapping[str, float]:
+        """Where tensors stand in their stack of layers, by name, for the output or else one of the models."""
+        if not self._depth_of:
+            names = self._models[model].names if self._output_names is None else self._output_names
+            self._depth_of = depths(names)
+        return self._depth_of
+
+    def _statistic(self, key: str, model: str) -> Tensor | None:
+        source = self._statistics.get(model)
+        return source.get(key) if source is not None and key in source.names else None
 
     def _prepare(
         self, name: str, rule: BoundRule, tensors: Mapping[str, Tensor], device: torch.device
@@ -225,14 +256,16 @@ class Merger:
                 sets = [rule.sources]
         prepared = []
         for sources in sets:
-            key = (rule.name, sources, rule.base)
+            key = (rule.name, sources, rule.base, rule.compute, rule.input_dtype)
             if key not in self._prepared:
                 self._prepared[key] = self._load_prepared(rule, sources, device)
             known = self._prepared[key]
-            if name not in known:
-                inputs = self._inputs(name, rule, sources, tensors, device)
-                known[name] = rule.operator.prepare(inputs)
-            prepared.append(known[name])
+            found = known.get(name)
+            if found is None:
+                found = rule.operator.prepare(self._inputs(name, rule, sources, tensors, device))
+                if self._keep_prepared:
+                    known[name] = found
+            prepared.append(found)
         return tuple(prepared)
 
     def _load_prepared(self, rule: BoundRule, sources: tuple[str, ...], device: torch.device) -> Prepared:
@@ -246,6 +279,9 @@ class Merger:
             "version": kind.prepared_version,
             "sources": [self._identity[source] for source in sources],
             "base": self._identity[rule.base] if rule.base is not None else None,
+            "compute": rule.compute,
+            "input_dtype": rule.input_dtype,
+            "statistics": [self._identity.get(f"{source}.statistics") for source in sources],
         }
 
         def compute() -> Prepared:

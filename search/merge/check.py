@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from search.errors import RecipeError, UserError, nearest
 from search.merge.operator import Operator, Parameter
@@ -30,6 +30,7 @@ class BoundRule:
         per_source: parameter name -> value, one mapping per source.
         shared: parameter name -> value.
         seed: the recipe's, None for operators that draw nothing.
+        compute, input_dtype: as in the recipe.
     """
 
     name: str
@@ -39,6 +40,8 @@ class BoundRule:
     per_source: tuple[Mapping[str, Any], ...]
     shared: Mapping[str, Any]
     seed: int | None
+    compute: Literal["float32", "inputs"] = "float32"
+    input_dtype: str | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -49,7 +52,7 @@ class BoundRule:
     def fingerprint(self) -> tuple[object, ...]:
         """Equal for two rules exactly when they make the same tensors from the same models."""
         values = tuple(tuple(sorted(values.items())) for values in (*self.per_source, self.shared))
-        return (self.name, self.sources, self.base, values, self.seed)
+        return (self.name, self.sources, self.base, values, self.seed, self.compute, self.input_dtype)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -65,8 +68,9 @@ def check_recipe(recipe: Recipe) -> None:
 def bind_rules(recipe: Recipe) -> tuple[BoundRule, ...]:
     """The rules of a recipe in order, checked; see `check_recipe` for what is refused."""
     recipe.check()
-    if recipe.dtype is not None and recipe.dtype not in DTYPES:
-        raise RecipeError(f"dtype: '{recipe.dtype}' is not one of {', '.join(DTYPES)}{_hint(recipe.dtype)}")
+    for key, dtype in (("dtype", recipe.dtype), ("input_dtype", recipe.input_dtype)):
+        if dtype is not None and dtype not in DTYPES:
+            raise RecipeError(f"{key}: '{dtype}' is not one of {', '.join(DTYPES)}{_hint(dtype)}")
     return tuple(_bind(recipe, rule, f"rules[{index}]") for index, rule in enumerate(recipe.rules))
 
 
@@ -97,15 +101,20 @@ def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
         common = {name: value for name, value in rule.parameters.items() if known[name].scope == "source"}
         given = {**common, **values}
         per_source.append(_complete(_scope(known.values(), "source"), given, rule.operator, place))
-    shared = {name: value for name, value in rule.parameters.items() if known[name].scope == "shared"}
+    given_shared = {name: value for name, value in rule.parameters.items() if known[name].scope == "shared"}
+    shared = _complete(_scope(known.values(), "shared"), given_shared, rule.operator, f"{where}.parameters")
+    uses_base = operator.uses_base(shared)
+    _check_base(recipe, rule, uses_base, where)
     return BoundRule(
         name=rule.operator,
         operator=operator,
         sources=sources,
-        base=recipe.base if operator.needs_base else None,
+        base=recipe.base if uses_base else None,
         per_source=tuple(per_source),
-        shared=_complete(_scope(known.values(), "shared"), shared, rule.operator, f"{where}.parameters"),
+        shared=shared,
         seed=recipe.seed if operator.draws else None,
+        compute=recipe.compute,
+        input_dtype=recipe.input_dtype,
     )
 
 
@@ -114,11 +123,21 @@ def _check_sources(recipe: Recipe, rule: Rule, operator: Operator, where: str) -
     if count < least or (most is not None and count > most):
         wanted = f"exactly {least}" if most == least else f"at least {least}" if count < least else f"at most {most}"
         raise RecipeError(f"{where}.sources: operator '{rule.operator}' takes {wanted}, found {count}")
-    if operator.needs_base and recipe.base is None:
+    if operator.statistics is not None:
+        for source in rule.sources:
+            if recipe.models[source].statistics is None:
+                raise RecipeError(
+                    f"models.{source}: operator '{rule.operator}' needs its {operator.statistics} statistics; make "
+                    "them with `meiosis statistics` and name the file under `statistics`"
+                )
+
+
+def _check_base(recipe: Recipe, rule: Rule, uses_base: bool, where: str) -> None:
+    if uses_base and recipe.base is None:
         raise RecipeError(
             f"{where}: operator '{rule.operator}' takes differences from a base; name one of the models under `base`"
         )
-    if operator.needs_base and recipe.base in rule.sources:
+    if uses_base and recipe.base in rule.sources:
         raise RecipeError(
             f"{where}.sources: '{recipe.base}' is the base, whose difference from itself is nothing to "
             f"operator '{rule.operator}'; leave it out"

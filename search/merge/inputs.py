@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ class TensorInputs:
         sources: the sources' tensors, all of one shape, in the order of `models`.
         base_tensor: the base's tensor, where the operator needs it.
         block_elements: a multiple of `ROW_ELEMENTS`.
+        compute, input_dtype: as in the recipe.
+        depth: 0 in the first layer to 1 in the last, None outside.
+        statistics: (kind, index of the source) -> what is known about its tensor.
     """
 
     def __init__(
@@ -78,6 +82,10 @@ class TensorInputs:
         block_elements: int,
         scratch: Scratch,
         cache: MutableMapping[Hashable, Any],
+        compute: Literal["float32", "inputs"] = "float32",
+        input_dtype: torch.dtype | None = None,
+        statistics: Callable[[str, int], Tensor | None] = lambda kind, index: None,
+        depth: float | None = None,
     ) -> None:
         self.name, self.models, self.base, self.seed, self.device, self.cache = (
             name,
@@ -89,7 +97,13 @@ class TensorInputs:
         )
         self.shape = tuple(sources[0].shape)
         every = [*sources] if base_tensor is None else [*sources, base_tensor]
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in every) else torch.float32
+        self._rounding = input_dtype
+        dtypes = [tensor.dtype for tensor in every] if input_dtype is None else [input_dtype]
+        if compute == "inputs":
+            self.dtype = functools.reduce(torch.promote_types, dtypes)
+        else:
+            self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.statistics, self.depth = statistics, depth
         self.bytes_read = 0
         self._flat = [tensor.reshape(-1) for tensor in sources]
         self._flat_base = None if base_tensor is None else base_tensor.reshape(-1)
@@ -111,6 +125,11 @@ class TensorInputs:
                 tuple(self._read(f"source {i}", flat, start, stop) for i, flat in enumerate(self._flat)),
             )
 
+    def whole(self, index: int | None) -> Tensor:
+        flat = self._flat_base if index is None else self._flat[index]
+        assert flat is not None, "an operator that needs no base reads it"
+        return self._counted(flat).to(self.device, self.dtype).view(self.shape)
+
     def scratch(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         return self._scratch.get(f"operator {key}", dtype or self.dtype, self.device, self._step)
 
@@ -119,11 +138,16 @@ class TensorInputs:
         return self._scratch.get("output", self.dtype, self.device, self._step)[:elements]
 
     def _read(self, key: str, flat: Tensor, start: int, stop: int) -> Tensor:
-        part = flat[start:stop]
-        self.bytes_read += part.numel() * part.element_size()
+        part = self._counted(flat[start:stop])
         if part.dtype == self.dtype and part.device == self.device:
             return part
         return self._scratch.get(key, self.dtype, self.device, self._step)[: stop - start].copy_(part)
+
+    def _counted(self, part: Tensor) -> Tensor:
+        """What is read, rounded to the input dtype of the recipe."""
+        self.bytes_read += part.numel() * part.element_size()
+        rounds = self._rounding is not None and part.dtype != self._rounding
+        return part.to(self._rounding) if rounds else part
 
 
 def sum_of_weights(weights: Iterable[float], dtype: torch.dtype) -> float:

@@ -42,6 +42,8 @@ class Parameter:
         low, high: bounds that make sense for the method, both inclusive (None: unbounded).
         search: (low, high, initial) of the gene when a space searches it without saying bounds; None
             for parameters that are not searched unless asked for.
+        step: a search rounds the gene to multiples of this (None: it does not). For parameters whose
+            values on a grid merge faster, because what they need is prepared.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     search: tuple[float, float, float] | None = None
+    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,12 @@ class Inputs(Protocol):
     seed: int
     """Seed of the recipe, for operators that draw masks."""
     dtype: torch.dtype
-    """What to compute in: float32, or float64 when an input is stored in that."""
+    """What to compute in: float32, or float64 when an input is stored in that. Where the recipe says
+    `compute: inputs`, what torch promotes the inputs to."""
     device: torch.device
+    depth: float | None
+    """Where the tensor stands in the model: 0 in the first layer, 1 in the last of its stack, None outside
+    of the layers."""
     cache: MutableMapping[Hashable, Any]
     """Small values kept between candidates, oldest dropped first. A key says all that the value depends
     on: operator, tensor, models, parameters. The models themselves do not change."""
@@ -92,6 +99,19 @@ class Inputs(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """All blocks in order; each call is one pass over the sources. May be left early."""
+        ...
+
+    def whole(self, index: int | None) -> Tensor:
+        """One source (None: the base) as a tensor of `shape`, in `dtype` on the device; for reading only.
+
+        For methods that cannot go block by block (singular values, distances between rows). May be a
+        view of the shared files, else it is newly allocated: as much memory as the tensor takes.
+        """
+        ...
+
+    def statistics(self, kind: str, index: int) -> Tensor | None:
+        """What was collected about one source for this tensor, such as its Fisher information; None where
+        there is nothing for this tensor. Shapes are those that `kind` says (see `search.merge.statistics`)."""
         ...
 
     def scratch(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -115,9 +135,10 @@ class Operator(ABC):
         help: one line for `meiosis operators`.
         source: paper of the method.
         parameters: what a recipe may set.
-        needs_base: whether task vectors are taken against `recipe.base`.
+        needs_base: whether task vectors are always taken against `recipe.base`.
         min_sources, max_sources: how many sources it takes, the base not counted.
         draws: whether `Inputs.seed` matters.
+        statistics: kind of statistics that every source must come with (`models.NAME.statistics`), if any.
         prepares: what `prepare` is called for: once for every source with that source alone, which
             serves all sets it appears in, or once for every set of sources.
         prepared_version: raise it when `prepare` returns something else than before, so that files on
@@ -131,8 +152,13 @@ class Operator(ABC):
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
     draws: ClassVar[bool] = False
+    statistics: ClassVar[str | None] = None
     prepares: ClassVar[Prepares] = "nothing"
     prepared_version: ClassVar[int] = 1
+
+    def uses_base(self, shared: Mapping[str, Any]) -> bool:
+        """Whether the base is read with these shared parameters; for methods that may go with or without one."""
+        return self.needs_base
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         """Small CPU tensors that depend on the sources alone; may be empty. No seed, no parameters."""
