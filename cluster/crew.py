@@ -98,7 +98,7 @@ class Crew:
         self.identity = handshake.identity()
         self.evaluators = handshake.evaluator_sources(plan.evaluators)
         self._setup = pickle.dumps((body, plan))
-        self._shards = pickle.dumps(shard_refs(plan.models))
+        self._shards = pickle.dumps(shard_refs(plan.models, plan.base))
         self._surroundings = vars(
             Surroundings(
                 packages=handshake.locations(),

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from search.checkpoints.byte_progress import ByteProgress
@@ -26,6 +26,7 @@ from search.checkpoints.header import header_sha256
 from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.errors import CheckpointError, WorkerError
 from search.recipe import ModelRef
+from search.sources import open_models
 
 MADV_POPULATE_READ = 22
 """Reads the pages of a mapping now, with large reads (Linux 5.14); Python has no name for it yet."""
@@ -61,8 +62,10 @@ class ShardRef:
     files: tuple[ShardFile, ...]
 
 
-def shard_refs(models: Mapping[str, ModelRef]) -> dict[str, ShardRef]:
+def shard_refs(models: Mapping[str, ModelRef], base: str | None = None) -> dict[str, ShardRef]:
     """References to the models of a plan, as they are on the disk of the driver now.
+
+    An adapter's reference stands for the adapter alone; `base` names the model that it is applied to.
 
     Costs no pass over bytes that were hashed before (see `search.checkpoints.fingerprint_cache`).
 
@@ -70,12 +73,13 @@ def shard_refs(models: Mapping[str, ModelRef]) -> dict[str, ShardRef]:
         CheckpointError: a model is missing or damaged, or is not the one that was hashed for the plan.
     """
     refs = {}
-    for name, model in models.items():
-        checkpoint = open_checkpoint(model.path)
-        ref = shard_ref(checkpoint, fingerprint(checkpoint))
-        if model.sha256 not in (None, ref.sha256):
+    for name, checkpoint in open_models(models, base=base).items():
+        model, found = models[name], fingerprint(checkpoint).sha256
+        own = replace(checkpoint, base=None)
+        ref = shard_ref(own, fingerprint(own))
+        if model.sha256 not in (None, found):
             raise CheckpointError(
-                f"model '{name}': the weights in {ref.folder} hash to {ref.sha256[:12]}, expected "
+                f"model '{name}': the weights in {ref.folder} hash to {found[:12]}, expected "
                 f"{str(model.sha256)[:12]}: they were changed since the search began; start it again"
             )
         refs[name] = ref
@@ -131,7 +135,10 @@ def _attach(name: str, ref: ShardRef) -> Checkpoint:
                     f"{here}: {Path(ref.folder, file)} {found}, the driver saw {theirs.size} bytes with "
                     f"header {theirs.header_sha256[:12]}; copy the model anew, or start the search again"
                 )
-        newer = [file for file in expected if seen[file].mtime_ns != expected[file].mtime_ns]
+        # What an adapter does also depends on its config, and hashing it costs nothing.
+        newer = [
+            file for file in expected if seen[file].mtime_ns != expected[file].mtime_ns or checkpoint.kind == "adapter"
+        ]
         if newer:
             with _one_at_a_time(Path(ref.folder)):
                 found = fingerprint(checkpoint).sha256

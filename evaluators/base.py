@@ -133,6 +133,7 @@ class Evaluator(ABC):
         source: paper or origin of the method, may be empty.
         architectures: what the base must be to be scored, as suffixes of the class name in
             `config.json` (`ForCausalLM`); empty: anything.
+        loss_metric: the metric that `losses` gives with a gradient; empty: there is none.
     """
 
     metrics: Mapping[str, Metric]
@@ -140,6 +141,7 @@ class Evaluator(ABC):
     help: ClassVar[str] = ""
     source: ClassVar[str] = ""
     architectures: ClassVar[tuple[str, ...]] = ()
+    loss_metric: ClassVar[str] = ""
 
     def __init__(self, options: Any) -> None:
         """`options` is an instance of this class's `Options`; opens no files."""
@@ -185,6 +187,15 @@ class Evaluator(ABC):
         `torch.no_grad()`. How items are batched must depend on the items only, so that every worker
         returns the same bits; in which order items come back is up to the evaluator.
         """
+
+    def losses(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield, batch by batch, a summed loss that can be differentiated (scalar float32) and its weight.
+
+        The sum of the losses over the sum of the weights is the metric called `loss_metric`; who declares
+        that overrides this. The caller runs backward before it asks for the next batch, so that one
+        batch of activations is alive at a time. The model gives what a Hugging Face model gives.
+        """
+        raise NotImplementedError
 
     def aggregate(self, scores: Scores) -> dict[str, float]:
         """Metrics of a pool from its per-item scores: weighted means, not a number without weight.

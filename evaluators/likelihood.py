@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,41 @@ def score_windows(
             yield done
 
 
+def window_losses(
+    model: torch.nn.Module, windows: Mapping[str, Sequence[Window]], *, batch_tokens: int, device: str
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Negative log-likelihood of all targets with its gradient: for every batch the sum and the number of targets.
+
+    The batches are those of `score_windows`.
+    """
+    import torch
+
+    rows = _rows(windows)
+    for batch in plan_batches([len(row.tokens) for row in rows], [row.name for row in rows], batch_tokens):
+        chosen = [rows[index] for index in batch]
+        arrays = _arrays([(row.tokens, [windows[row.item][p].targets for p in row.parts]) for row in chosen])
+        logits = _logits(model, arrays, device).flatten(0, 1)
+        positions, targets = torch.from_numpy(arrays.positions), torch.from_numpy(np.concatenate(arrays.targets))
+        predicted = logits[positions.to(device)]
+        predicted = predicted.to(torch.float64 if predicted.dtype == torch.float64 else torch.float32)
+        yield torch.nn.functional.cross_entropy(predicted, targets.to(device), reduction="sum"), len(targets)
+
+
+def window_sums(model: torch.nn.Module, windows: Sequence[Window], device: str) -> torch.Tensor:
+    """Log-likelihoods of windows with their gradient, (n_windows,) float32, all in one batch."""
+    import torch
+
+    rows = _rows({"": windows})
+    arrays = _arrays([(row.tokens, [windows[p].targets for p in row.parts]) for row in rows])
+    logits = _logits(model, arrays, device).flatten(0, 1)
+    predicted = logits[torch.from_numpy(arrays.positions).to(device)].to(torch.float32)
+    targets = torch.from_numpy(np.concatenate(arrays.targets)).to(device)
+    logs = -torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
+    sums = [part.sum() for part in logs.split([len(sequence) for sequence in arrays.targets])]
+    order = [part for row in rows for part in row.parts]
+    return torch.stack([sums[order.index(part)] for part in range(len(windows))])
+
+
 @contextmanager
 def scoring(model: torch.nn.Module) -> Iterator[None]:
     """Without gradients and without dropout; the model's modes are put back afterwards.
@@ -119,12 +154,16 @@ def _rows(windows: Mapping[str, Sequence[Window]]) -> list[_Row]:
     return rows
 
 
-def _forward(
-    model: torch.nn.Module, rows: Sequence[tuple[Tokens, Sequence[Tokens]]], device: str
-) -> list[LogProbabilities]:
-    """Log-probabilities of every target sequence of every (tokens, target sequences), in order."""
-    import torch
+class _Arrays(NamedTuple):
+    """A batch: padded input and mask (n, t), and what is predicted where, as flat positions in (n * t)."""
 
+    inputs: Tokens
+    mask: Tokens
+    positions: Tokens
+    targets: list[Tokens]
+
+
+def _arrays(rows: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> _Arrays:
     longest = max(len(tokens) for tokens, _ in rows)
     # Padding stands on the right, where a causal model cannot see it; the mask is for those that look.
     inputs = np.zeros((len(rows), longest), np.int64)
@@ -136,14 +175,30 @@ def _forward(
         for sequence in sequences:
             positions.append(row * longest + np.arange(len(tokens) - len(sequence), len(tokens)))
             targets.append(sequence)
+    return _Arrays(inputs, mask, np.concatenate(positions), targets)
+
+
+def _logits(model: torch.nn.Module, arrays: _Arrays, device: str) -> torch.Tensor:
+    """(n, t, vocabulary)."""
+    import torch
+
+    found: torch.Tensor = model(
+        input_ids=torch.from_numpy(arrays.inputs).to(device),
+        attention_mask=torch.from_numpy(arrays.mask).to(device),
+        use_cache=False,
+    ).logits
+    return found
+
+
+def _forward(
+    model: torch.nn.Module, rows: Sequence[tuple[Tokens, Sequence[Tokens]]], device: str
+) -> list[LogProbabilities]:
+    """Log-probabilities of every target sequence of every (tokens, target sequences), in order."""
+    arrays = _arrays(rows)
     with scoring(model):
-        logits = model(
-            input_ids=torch.from_numpy(inputs).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
-            use_cache=False,
-        ).logits
-        flat = _gather(logits.flatten(0, 1), np.concatenate(positions), np.concatenate(targets))
-    return np.split(flat, np.cumsum([len(sequence) for sequence in targets])[:-1])
+        logits = _logits(model, arrays, device)
+        flat = _gather(logits.flatten(0, 1), arrays.positions, np.concatenate(arrays.targets))
+    return np.split(flat, np.cumsum([len(sequence) for sequence in arrays.targets])[:-1])
 
 
 def _gather(logits: torch.Tensor, positions: Tokens, targets: Tokens) -> LogProbabilities:

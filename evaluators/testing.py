@@ -227,6 +227,31 @@ class EvaluatorContract:
                 expected = np.average(scores.values[name], weights=scores.weights)
                 assert math.isclose(aggregate[name], expected, rel_tol=1e-9, abs_tol=1e-12)
 
+    def test_a_declared_loss_is_its_metric_and_has_a_gradient(
+        self, evaluator: Evaluator, model: torch.nn.Module
+    ) -> None:
+        if not evaluator.loss_metric:
+            return
+        import torch
+
+        items = evaluator.items("search")
+        expected = evaluator.aggregate(self._score(evaluator, model, items))[evaluator.loss_metric]
+        parameters = list(model.parameters())
+        before = [parameter.requires_grad for parameter in parameters]
+        try:
+            model.requires_grad_(True)
+            pairs = []
+            with torch.enable_grad():
+                for loss, weight in evaluator.losses(model, items):
+                    loss.backward()
+                    pairs.append((float(loss.detach()), weight))
+            assert any(parameter.grad is not None for parameter in parameters)
+        finally:
+            for parameter, wanted in zip(parameters, before, strict=True):
+                parameter.requires_grad_(wanted).grad = None
+        mean = math.fsum(loss for loss, _ in pairs) / math.fsum(weight for _, weight in pairs)
+        assert mean == pytest.approx(expected, rel=1e-4)
+
     def test_doubling_all_weights_changes_no_metric(self, evaluator: Evaluator, model: torch.nn.Module) -> None:
         """The bootstrap counts an item that is drawn twice by doubling its weight."""
         scores = self._score(evaluator, model, evaluator.items("search"))

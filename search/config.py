@@ -19,6 +19,7 @@ from pydantic import (
     Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -36,7 +37,13 @@ class Models(_Section):
     """The models that take part."""
 
     base: str = Field(description="checkpoint folder or hub id of the model the sources were fine-tuned from")
-    sources: dict[Name, str] = Field(min_length=1, description="name -> checkpoint folder or hub id of a fine-tune")
+    sources: dict[Name, str] = Field(
+        min_length=1, description="name -> checkpoint folder or hub id of a fine-tune, or of a LoRA adapter of the base"
+    )
+    statistics: dict[Name, str] = Field(
+        default_factory=dict,
+        description="name of a source -> file that `meiosis statistics` wrote of it, for operators that need one",
+    )
 
     @field_validator("sources")
     @classmethod
@@ -126,14 +133,46 @@ class OptimizerConfig(_Section):
     step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
 
 
+class BaselineConfig(_Section):
+    """A baseline: its name, or `{name: options}`."""
+
+    name: str = Field(description="a standard merge")
+    options: dict[str, Any] = Field(default_factory=dict, description="checked by the baseline")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, BaselineConfig) or (isinstance(value, dict) and "name" in value):
+            return value
+        if not isinstance(value, dict) or len(value) != 1:
+            raise ValueError(f"expected the name of a baseline, or one {{name: options}}, found {value!r}")
+        ((name, options),) = value.items()
+        if not isinstance(options, dict | None):
+            raise ValueError(f"'{name}' needs a mapping of options, found {options!r}")
+        return {"name": name, "options": options or {}}
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        return {self.name: self.options} if self.options else self.name
+
+
+def _baselines(*names: str) -> tuple[BaselineConfig, ...]:
+    return tuple(BaselineConfig(name=name) for name in names)
+
+
 class SearchConfig(_Section):
     """How the population is run."""
 
     optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = OptimizerConfig()
     budget: int = Field(200, ge=1, description="candidates to evaluate, generation 0 included")
-    baselines: tuple[str, ...] = Field(
-        ("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties"),
-        description="standard merges in generation 0; the parents always are in it",
+    baselines: tuple[BaselineConfig, ...] = Field(
+        _baselines("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties"),
+        description="standard merges in generation 0, by name or as {name: options}; the parents always are in it",
+    )
+    baselines_only: bool = Field(
+        False, description="end with generation 0, whatever the budget (see: meiosis baselines)"
     )
     order: Literal["ordered", "arrival"] = Field(
         "ordered",

@@ -28,9 +28,10 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Limits:
-    """How far and how wide a search goes: candidates in all, candidates in flight, order of commit."""
+    """How far and how wide a search goes: candidates in all (None: until none is asked), candidates in flight,
+    order of commit."""
 
-    budget: int
+    budget: int | None
     window: int
     ordered: bool = True
 
@@ -68,10 +69,10 @@ class Driver:
         self._first_with_recipe: dict[str, int] = {}
         self._open: dict[Key, None] = {}
         self._copies: dict[Key, list[Key]] = {}
-        self._progress = Progress(phase="search", total=limits.budget)
+        self._progress = Progress(phase="search", total=limits.budget or 0)
         self.trials.update(replay(history.events(), population))
         for candidate in population.candidates:
-            self._first_with_recipe.setdefault(candidate.recipe.hash, candidate.id)
+            self._first_with_recipe.setdefault(candidate.work, candidate.id)
         for trial in self.trials.values():
             if trial.items == "search":
                 self._note(trial)
@@ -79,7 +80,7 @@ class Driver:
 
     def search(self) -> None:
         """Run the search to its budget."""
-        self._begin("search", self.limits.budget)
+        self._begin("search", self.total)
         self._refuse_without_parents()
         for candidate in self.population.candidates:
             if (candidate.id, "search") not in self.trials:
@@ -106,14 +107,16 @@ class Driver:
 
     def _fill(self) -> None:
         """Ask and submit while the window and the budget have room."""
-        while len(self._open) < self.limits.window and len(self.population.candidates) < self.limits.budget:
+        budget = self.limits.budget
+        while len(self._open) < self.limits.window and (budget is None or len(self.population.candidates) < budget):
             candidate = self.population.ask()
             if candidate is None:
-                if not self._open:
+                if not self._open and not self.population.finished:
                     raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
                 return
             self.history.append(ask_event(candidate))
-            self._first_with_recipe.setdefault(candidate.recipe.hash, candidate.id)
+            self._progress = replace(self._progress, total=self.total)
+            self._first_with_recipe.setdefault(candidate.work, candidate.id)
             self._submit(candidate, "search")
 
     def _submit(self, candidate: Candidate, items: ItemPool) -> None:
@@ -122,9 +125,12 @@ class Driver:
         if key in self._arrived:
             return
         # A recipe that was there before costs nothing: its result is that of the first.
-        original = (self._first_with_recipe[candidate.recipe.hash], items)
+        original = (self._first_with_recipe[candidate.work], items)
         if original == key:
-            self._workers().submit(Job(candidate.id, candidate.recipe, items, hash_weights=items != "search"))
+            learn = candidate.learn if items == "search" else None
+            self._workers().submit(
+                Job(candidate.id, candidate.recipe, items, hash_weights=items != "search", learn=learn)
+            )
         elif original in self.trials:
             self._arrived[key] = _copy(outcome_of(self.trials[original]), key)
         elif original in self._arrived:
@@ -132,7 +138,7 @@ class Driver:
         elif original in self._open:
             self._copies.setdefault(original, []).append(key)
         else:
-            self._first_with_recipe[candidate.recipe.hash] = candidate.id
+            self._first_with_recipe[candidate.work] = candidate.id
             self._submit(candidate, items)
 
     def _collect(self) -> None:
@@ -197,6 +203,11 @@ class Driver:
         if self._pool is None:
             self._pool = self._make_pool()
         return self._pool
+
+    @property
+    def total(self) -> int:
+        """Candidates of the search; without a budget those that are known by now."""
+        return len(self.population.candidates) if self.limits.budget is None else self.limits.budget
 
     def _begin(self, phase: ItemPool, total: int) -> None:
         done = sum(1 for _, items in self.trials if items == phase)

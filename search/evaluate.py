@@ -8,11 +8,13 @@ from evaluators.base import EvaluatorSpec, ItemPool
 from search.baseline import soup_rule
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
 from search.checkpoints.reading import open_checkpoint
+from search.checkpoints.view import require_model
 from search.config import LoadedConfig
 from search.errors import MeiosisError
 from search.pool import Job, WorkerPlan
 from search.recipe import ModelRef, Recipe
 from search.setup import BASE, check_evaluators
+from search.sources import merged_dtype
 
 
 def evaluate_model(
@@ -27,6 +29,7 @@ def evaluate_model(
     from search.evaluation import Evaluation
 
     checkpoint = open_checkpoint(model)
+    require_model(checkpoint, "evaluated")
     evaluators = check_evaluators(loaded, checkpoint)
     print_ = fingerprint(checkpoint, report=report)
     refuse_non_finite(model, print_)
@@ -36,8 +39,9 @@ def evaluate_model(
         for name, evaluator in evaluators.items()
     )
     cluster = loaded.config.cluster
-    plan = WorkerPlan(refs, BASE, specs, cluster.device, cluster.dtype, cluster.threads, loaded.config.seed)
-    recipe = Recipe(base=BASE, models=refs, rules=(soup_rule((BASE,)),), dtype=cluster.dtype)
+    dtype = cluster.dtype or merged_dtype(checkpoint)
+    plan = WorkerPlan(refs, BASE, specs, cluster.device, dtype, cluster.threads, loaded.config.seed)
+    recipe = Recipe(base=BASE, models=refs, rules=(soup_rule((BASE,)),), dtype=dtype)
     outcome = Evaluation(plan).run(Job(0, recipe, items))
     if outcome.failure:
         raise MeiosisError(f"{model}: {outcome.failure.message}") from RuntimeError(outcome.failure.detail)

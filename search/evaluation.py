@@ -17,14 +17,16 @@ from pathlib import Path
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
 from search.checkpoints.fingerprint import hash_tensors
-from search.checkpoints.reading import open_checkpoint
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
-from search.merge.live import build_live_model
+from search.merge.live import Instead, LiveModel, build_live_model
+from search.merge.statistics import identities
 from search.model_state import model_state
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.recipe import Recipe
 from search.seeds import derive_seed, seeded
-from search.sources import open_sources
+from search.soups.plan import LearnSoup
+from search.sources import open_models, open_sources
 
 
 class Evaluation:
@@ -46,17 +48,24 @@ class Evaluation:
         device = resolve_device(plan.device)
         base = plan.models[plan.base]
         self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
-        checkpoints = {name: open_checkpoint(ref.path) for name, ref in plan.models.items()}
-        opened = open_sources(checkpoints)
+        checkpoints = open_models(plan.models, base=plan.base)
+        opened = open_sources(checkpoints, models=plan.models, donor=plan.base)
+        self._sources = opened.tensors
+        # Where the files of the base are not the tensors and config that are merged, the model is made of these.
+        own = tuple(checkpoints[plan.base].tensors) == tuple(opened.specs[plan.base]) and not opened.config
+        self._instead = None if own else Instead(opened.tensors[plan.base], opened.config)
         self._merger = Merger(
             opened.tensors,
             device=device,
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
-            identity={name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+            identity={
+                **{name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+                **identities(opened.statistics),
+            },
             names=opened.names,
             statistics=opened.statistics,
         )
-        self._names = tuple(checkpoints[plan.base].tensors)
+        self._names = tuple(opened.tensors[plan.base].names)
         self._build()
         self._model.check_holds(opened.tensors[plan.base])
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
@@ -68,11 +77,14 @@ class Evaluation:
 
     def _build(self) -> None:
         """Make the live model, and know nothing of what is in it."""
-        self._model = build_live_model(self._folder, device=self._device, dtype=self._dtype)
+        self._model = self._live_model(self._dtype)
         self._targets = self._model.targets(self._names)
         self._elsewhere = [name for name in self._names if name not in self._targets]
         self._changed = False
         self._merger.invalidate()
+
+    def _live_model(self, dtype: str | None) -> LiveModel:
+        return build_live_model(self._folder, device=self._device, dtype=dtype, instead=self._instead)
 
     def run(self, job: Job) -> Outcome:
         """Evaluate one candidate; never raises for what the candidate or an evaluator did.
@@ -94,6 +106,8 @@ class Evaluation:
             merged = time.perf_counter()
             scores = self._score(job)
             metrics = self._aggregate(scores)
+            if job.learn is not None:
+                metrics |= self._learn(job.recipe, job.learn)
             failed = None
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._merger.invalidate()
@@ -153,6 +167,24 @@ class Evaluation:
             self._changed = model_state(model) != state
             raise
         return found
+
+    def _learn(self, start: Recipe, plan: LearnSoup) -> dict[str, float]:
+        """Learn in a float32 model of its own, which is gone afterwards, whatever dtype candidates have."""
+        from search.soups.learned import learn_soup
+
+        try:
+            with seeded(derive_seed(self._seed, "soup"), self._device):
+                return learn_soup(
+                    start,
+                    plan,
+                    live=self._live_model("float32"),
+                    names=self._names,
+                    merger=self._merger,
+                    sources=self._sources,
+                    evaluators=self._evaluators,
+                )
+        finally:
+            self._merger.invalidate()  # it knows the tensors of that model, and would keep them
 
     def _aggregate(self, scores: Mapping[str, Scores]) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -2,66 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evaluators.base import ITEM_POOLS, ItemPool
-from search.checkpoints.compatibility import check_compatible
-from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
-from search.checkpoints.reading import Checkpoint, open_checkpoint
-from search.checkpoints.writing import write_checkpoint
-from search.errors import CheckpointError, MeiosisError, RecipeError
-from search.finals import Verdict
+from search.checkpoints.byte_progress import Meter
+from search.checkpoints.fingerprint import Fingerprint
+from search.checkpoints.pages import drop_mapped_pages, return_large_blocks
+from search.checkpoints.reading import Checkpoint
+from search.checkpoints.shard_writer import SHARD_BYTES
+from search.checkpoints.source_hashes import SourceHashes
+from search.checkpoints.writing import check_space, check_target, write_checkpoint, written_sha256
+from search.errors import MeiosisError, RecipeError
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
+from search.merge.statistics import open_statistics, with_statistics_from
+from search.merge_plan import MergePlan, output_layout, plan_merge
 from search.model_card import model_card
-from search.population import Candidate
-from search.recipe import ModelRef, Recipe
-from search.setup import Setup, first_difference
-from search.sources import open_sources
-from search.store.events import Trial
+from search.recipe import Recipe
+from search.sources import check_models, open_models, open_sources
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluators.base import ItemPool
+    from search.finals import Verdict
+    from search.population import Candidate
+    from search.setup import Setup
+    from search.store.events import Trial
+
+DROP_BYTES = 64 << 20
+"""Output after which the pages of the sources are let go of: each time costs a system call or a few."""
 
 
-def merge_recipe(recipe: Recipe, out: Path, *, folder: Path = Path(), overwrite: bool = False) -> Path:
-    """Carry out a recipe from a file, without a search.
+@dataclass(frozen=True)
+class ReadyMerge:
+    """A recipe that fits its models, which are opened; nothing of their tensors was read."""
+
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+
+
+def prepare_merge(recipe: Recipe, *, folder: Path = Path(), dtype: str | None = None) -> ReadyMerge:
+    """Check a recipe against its models.
+
+    Args:
+        folder: relative model paths start here.
+        dtype: of the output, instead of the recipe's.
+
+    Raises:
+        UserError: recipe and models do not fit.
+    """
+    if dtype is not None:
+        recipe = recipe.model_copy(update={"dtype": dtype})
+    recipe = with_statistics_from(recipe, folder)
+    check_recipe(recipe)
+    checkpoints = open_models(recipe.models, base=recipe.base, folder=folder)
+    check_models(checkpoints, recipe)
+    return ReadyMerge(recipe, checkpoints)
+
+
+def dry_run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    folder: Path = Path(),
+    overwrite: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> MergePlan:
+    """What `merge_recipe` would do; reads headers, writes nothing.
+
+    Raises:
+        UserError: as `merge_recipe`, as far as headers and the cache of fingerprints show it.
+        MeiosisError: the disk has no room for the model.
+    """
+    check_target(Path(out).resolve(), overwrite)
+    ready = prepare_merge(recipe, folder=folder, dtype=dtype)
+    opened = open_sources(ready.checkpoints, ready.recipe)
+    with SourceHashes(ready.checkpoints, (), threads=0) as hashes:
+        known = hashes.known()
+    _with_hashes(ready.recipe, ready.checkpoints, known)
+    plan = plan_merge(ready.recipe, ready.checkpoints, opened, max_shard_bytes, {name: True for name in known})
+    check_space(Path(out).resolve(), plan.bytes_written)
+    return plan
+
+
+def merge_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    folder: Path = Path(),
+    overwrite: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_shard_bytes: int = SHARD_BYTES,
+    threads: int | None = None,
+    meter: Meter | None = None,
+) -> Path:
+    """Carry out a recipe from a file, without a search, in one pass over the models.
 
     Args:
         recipe: checked against its models here.
         out: folder to write; must not exist, or be empty.
         folder: relative model paths start here.
+        overwrite: whether `out` may be a model that Meiosis wrote.
+        dtype: of the output, instead of the recipe's.
+        device: where to merge, or `auto`.
+        max_shard_bytes: size of the files of the output.
+        threads: of arithmetic and of hashing; by default what torch chose, and as many as there are cores.
+        meter: told how far it is.
 
     Raises:
-        UserError: recipe and models do not fit, or `out` is taken.
+        UserError: recipe and models do not fit, a model is not finite or not the one that the recipe wants, or
+            `out` is taken.
     """
-    check_recipe(recipe)
-    checkpoints = {}
-    for name, ref in recipe.models.items():
-        local = (folder / Path(ref.path).expanduser()).resolve()
-        checkpoints[name] = open_checkpoint(
-            local if local.exists() or ref.path.startswith((".", "/", "~")) else ref.path
-        )
-    donor = checkpoints[recipe.donor]
-    recipe.assign(donor.tensors)
-    for name, checkpoint in checkpoints.items():
-        if name != recipe.donor:
-            try:
-                check_compatible(donor, {name: checkpoint})
-            except CheckpointError as error:
-                raise CheckpointError(first_difference(error)) from error
-    models = {}
-    for name, checkpoint in checkpoints.items():
-        print_ = fingerprint(checkpoint)
-        refuse_non_finite(name, print_)
-        wanted = recipe.models[name].sha256
-        if wanted is not None and wanted != print_.sha256:
-            raise RecipeError(
-                f"models.{name}.sha256: {checkpoint.folder} has the weights {print_.sha256[:12]}, the recipe wants "
-                f"{wanted[:12]}; point it at the model it was made from, or leave sha256 out"
-            )
-        models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
-    # The recipe that goes with the model must work from there: relative paths start at the file that has them.
-    recipe = recipe.model_copy(update={"models": models})
-    write_merge(recipe, checkpoints, out, {"README.md": model_card(recipe, donor)}, overwrite=overwrite)
+    check_target(Path(out).resolve(), overwrite)
+    ready = prepare_merge(recipe, folder=folder, dtype=dtype)
+    write_merge(
+        ready.recipe,
+        ready.checkpoints,
+        out,
+        lambda known: {"README.md": model_card(known, ready.checkpoints[known.donor])},
+        hash_sources=True,
+        overwrite=overwrite,
+        device=device,
+        max_shard_bytes=max_shard_bytes,
+        threads=threads,
+        meter=meter,
+    )
     return out
 
 
@@ -80,6 +151,8 @@ def export_candidate(
         UserError: `out` is taken.
         MeiosisError: the tensors differ from those that were evaluated.
     """
+    from evaluators.base import ITEM_POOLS
+
     trial = next((t for items in reversed(ITEM_POOLS) if (t := trials.get((candidate.id, items)))), None)
     card = model_card(candidate.recipe, setup.checkpoints["base"], candidate, trial, verdict, setup)
     expected = next(
@@ -87,11 +160,10 @@ def export_candidate(
     )
 
     def verify(folder: Path) -> None:
-        written = fingerprint(open_checkpoint(folder), cache=False)
-        refuse_non_finite(f"candidate {candidate.id}", written)
-        if expected is not None and written.sha256 != expected:
+        written = written_sha256(folder)
+        if expected is not None and written != expected:
             raise MeiosisError(
-                f"{out}: the merged tensors (sha256 {written.sha256[:12]}) are not those that were evaluated "
+                f"{out}: the merged tensors (sha256 {written[:12]}) are not those that were evaluated "
                 f"({expected[:12]}); nothing was written. Export on the kind of device that evaluated them: "
                 f"arithmetic differs between devices ({setup.device} in the config)"
             )
@@ -100,7 +172,7 @@ def export_candidate(
         candidate.recipe,
         setup.checkpoints,
         out,
-        {"README.md": card},
+        lambda _: {"README.md": card},
         overwrite=overwrite,
         device=setup.device,
         verify=verify,
@@ -112,32 +184,106 @@ def write_merge(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     out: Path,
-    extra_files: Mapping[str, str],
+    extra_files: Callable[[Recipe], Mapping[str, str]],
     *,
+    hash_sources: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    max_shard_bytes: int = SHARD_BYTES,
+    threads: int | None = None,
     verify: Callable[[Path], None] = lambda _: None,
+    meter: Meter | None = None,
 ) -> None:
-    """Merge and write; the same code path and, on the same kind of device, the same bits as in a worker."""
+    """Merge and write; the same arithmetic and, on the same kind of device, the same bits as in a worker.
+
+    Args:
+        extra_files: makes the files beside model and recipe, of the recipe with all hashes.
+        hash_sources: whether the models are hashed and checked for NaN while they are merged, and compared
+            with the hashes that the recipe has; False where that was done before.
+    """
+    import torch
+
+    return_large_blocks()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe_of = {name: checkpoints[name] for name in recipe.models}
+    opened = open_sources(recipe_of, recipe)
+    layout = output_layout(recipe, recipe_of, opened)
+    names = [planned.name for planned in layout]
+    files = [file for checkpoint in recipe_of.values() for file in checkpoint.files]
+    to_hash = recipe_of if hash_sources else {}
+    with SourceHashes(to_hash, names, threads or len(os.sched_getaffinity(0))) as hashes:
+        _with_hashes(recipe, to_hash, hashes.known())
+        merger = Merger(
+            opened.tensors,
+            device=_device(device),
+            identity={} if hash_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+            names=opened.names,
+            statistics=opened.statistics,
+            dtypes=opened.dtypes(recipe.donor),
+            keep_prepared=False,
+        )
+
+        def merged() -> Iterator[tuple[str, Tensor]]:
+            stream = merger.merge_tensors(recipe, names)
+            unread = 0
+            for planned in layout:
+                hashes.merging(planned.name)
+                try:
+                    tensor = next(stream)
+                except Exception:
+                    hashes.check()  # NaN in a source, which is known by now, is the better explanation
+                    raise
+                yield tensor
+                unread += planned.nbytes
+                if unread >= DROP_BYTES:
+                    drop_mapped_pages(files)
+                    unread = 0
+
+        def extra() -> dict[str, str | bytes]:
+            known = _with_hashes(recipe, to_hash, hashes.finish())
+            return {"recipe.yaml": known.to_yaml(), **opened.files, **extra_files(known)}
+
+        write_checkpoint(
+            merged(),
+            checkpoints[recipe.donor],
+            out,
+            layout=layout,
+            max_shard_bytes=max_shard_bytes,
+            extra_files=extra,
+            config_changes=opened.config,
+            without=opened.without,
+            dtype=recipe.dtype,
+            finite=True,
+            overwrite=overwrite,
+            verify=verify,
+            meter=meter,
+        )
+
+
+def _with_hashes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], prints: Mapping[str, Fingerprint]) -> Recipe:
+    """The recipe as it goes with the model: relative paths start at the file that has them, so they are absolute.
+
+    Raises:
+        RecipeError: a model is not the one that the recipe wants, or statistics are not those of the model.
+    """
+    models = dict(recipe.models)
+    for name, found in prints.items():
+        wanted, folder = recipe.models[name].sha256, checkpoints[name].folder
+        if wanted is not None and wanted != found.sha256:
+            raise RecipeError(
+                f"models.{name}.sha256: {folder} has the weights {found.sha256[:12]}, the recipe wants "
+                f"{wanted[:12]}; point it at the model it was made from, or leave sha256 out"
+            )
+        if (statistics := models[name].statistics) is not None:
+            open_statistics(Path(statistics), model=name, model_sha256=found.sha256)
+        models[name] = models[name].model_copy(update={"path": str(folder), "sha256": found.sha256})
+    return recipe.model_copy(update={"models": models})
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
     from search.evaluation import resolve_device
 
-    donor = checkpoints[recipe.donor]
-    opened = open_sources({name: checkpoints[name] for name in recipe.models}, recipe)
-    merger = Merger(
-        opened.tensors,
-        device=resolve_device(device),
-        identity={name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
-        names=opened.names,
-        statistics=opened.statistics,
-        keep_prepared=False,
-    )
-    write_checkpoint(
-        merger.merge_tensors(recipe),
-        donor,
-        out,
-        extra_files={"recipe.yaml": recipe.to_yaml(), **opened.files, **extra_files},
-        config_changes=opened.config,
-        dtype=recipe.dtype,
-        overwrite=overwrite,
-        verify=verify,
-    )
+    return resolve_device(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ class Gene:
         low, high: bounds of the value.
         initial: value at which the search starts.
         kind: `int` values are rounded, `bool` values are true from 0.5 on.
+        step: values are rounded to multiples of this that lie between the bounds, if there are any.
     """
 
     name: str
@@ -25,13 +27,20 @@ class Gene:
     high: float
     initial: float
     kind: Literal["float", "int", "bool"] = "float"
+    step: float | None = None
 
     def value(self, coordinate: float) -> float | int | bool:
         """The value at a coordinate in [0, 1]."""
         value = self.low + coordinate * (self.high - self.low)
         if self.kind == "bool":
             return value >= 0.5
-        return round(value) if self.kind == "int" else min(max(value, self.low), self.high)
+        if self.kind == "int":
+            return round(value)
+        if self.step is not None:
+            least, most = math.ceil(self.low / self.step), math.floor(self.high / self.step)
+            if least <= most:
+                return min(max(round(value / self.step), least), most) * self.step
+        return min(max(value, self.low), self.high)
 
     def coordinate(self, value: float) -> float:
         """The coordinate of a value, clipped to [0, 1]."""

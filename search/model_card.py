@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from search.checkpoints.reading import Checkpoint
-from search.finals import Verdict
-from search.population import Candidate
 from search.recipe import Recipe
-from search.setup import Setup
-from search.store.events import Trial
+
+if TYPE_CHECKING:
+    from search.finals import Verdict
+    from search.population import Candidate
+    from search.setup import Setup
+    from search.store.events import Trial
 
 
 def model_card(
@@ -24,15 +27,19 @@ def model_card(
 ) -> str:
     """Markdown with the metadata block that the Hugging Face hub reads."""
     parents = sorted({name for rule in recipe.rules for name in rule.sources})
-    metadata = {
-        # The hub reads these as repositories; folders of a machine are none.
-        "base_model": [path for name in parents if (path := _short(recipe.models[name].path)).count("/") == 1],
-        "tags": ["merge", "meiosis"],
+    operators = sorted({rule.operator for rule in recipe.rules})
+    used = [name for name in recipe.models if name in parents or name == recipe.base]
+    metadata: dict[str, Any] = {
+        # Hub ids where they are known: the hub links them. Of a folder only its name: paths do not travel.
+        "base_model": list(dict.fromkeys(_short(recipe.models[name].path) for name in used)),
+        "base_model_relation": "merge",
         "library_name": "transformers",
+        **_pipeline(donor.architecture),
+        **_license(donor.folder),
+        "tags": ["merge", "meiosis", *(name for name in operators if name not in ("merge", "meiosis"))],
     }
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", ""]
     lines += [f"# Merge of {', '.join(parents)}", ""]
-    operators = sorted({rule.operator for rule in recipe.rules})
     lines += [
         f"A merge of {len(parents)} model(s) with {', '.join(operators)}, made by Meiosis without training. "
         f"Architecture: {donor.architecture or 'unknown'}.",
@@ -56,6 +63,37 @@ def model_card(
     lines += ["`recipe.yaml` beside this file is the whole merge. To make it again:", ""]
     lines += ["    meiosis merge recipe.yaml OUT", ""]
     return "\n".join(lines)
+
+
+PIPELINES = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+}
+"""End of an architecture's name -> what the hub calls such a model's task."""
+
+
+def _pipeline(architecture: str | None) -> dict[str, str]:
+    task = next((task for end, task in PIPELINES.items() if (architecture or "").endswith(end)), None)
+    return {"pipeline_tag": task} if task else {}
+
+
+def _license(folder: Path) -> dict[str, str]:
+    """What the card of the base says of its license: a merge of it is a derived work."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        metadata = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
 
 
 def markdown_table(verdict: Verdict) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from evaluators.base import EvaluatorSpec, ItemPool, Scores
 from search.recipe import ModelRef, Recipe
+from search.soups.plan import LearnSoup
 
 FailureKind = Literal["error", "not_finite", "out_of_memory", "timeout", "crash"]
 
@@ -51,6 +52,8 @@ class Job:
     items: ItemPool
     hash_weights: bool = False
     """Whether the outcome must carry the hash of the merged tensors (costs a pass over them)."""
+    learn: LearnSoup | None = None
+    """Better weights than the recipe's, to be learned from there and returned among the metrics."""
 
     @property
     def key(self) -> tuple[int, ItemPool]:

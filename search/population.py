@@ -7,15 +7,17 @@ the optimiser starts at the best of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from search.baseline import BASELINES, Generation0, Proposal, parent_label, soup_rule
+from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
 from search.genome import Genome
 from search.objective import Judgement, Objective
 from search.optimizer import MakeOptimizer, Optimizer, Problem
 from search.recipe import Recipe
 from search.seeds import derive_seed
+from search.soups.plan import LearnSoup
 from search.space import Space
 
 BASE_LABEL = "base"
@@ -32,6 +34,7 @@ class Candidate:
         recipe: the merge.
         genome: where it came from, for candidates of the optimiser.
         step: generation 0 only: an attempt inside a baseline, no result of its own.
+        learn: what a worker shall learn from the recipe, beside scoring it.
     """
 
     id: int
@@ -39,6 +42,12 @@ class Candidate:
     recipe: Recipe
     genome: Genome | None = None
     step: bool = False
+    learn: LearnSoup | None = None
+
+    @property
+    def work(self) -> str:
+        """Equal for candidates whose evaluation is the same, so that one is enough."""
+        return self.recipe.hash if self.learn is None else f"{self.recipe.hash} {self.learn}"
 
 
 class Population:
@@ -47,22 +56,24 @@ class Population:
     Args:
         space: where the optimiser searches.
         objective: not yet normalised; that happens when the parents are known.
-        baselines: names, in order.
+        baselines: names in order, or name -> options.
         make_optimizer: from `optimizer_named`.
         budget, window, seed, step: see `Problem`.
+        baselines_only: whether it ends with generation 0.
     """
 
     def __init__(
         self,
         space: Space,
         objective: Objective,
-        baselines: tuple[str, ...],
+        baselines: Sequence[str] | Mapping[str, Mapping[str, Any]],
         make_optimizer: MakeOptimizer,
         *,
         budget: int,
         window: int,
         seed: int,
         step: float,
+        baselines_only: bool = False,
     ) -> None:
         self._space, self.objective = space, objective
         self._make_optimizer = make_optimizer
@@ -71,9 +82,25 @@ class Population:
         self._metrics: dict[int, Mapping[str, float] | None] = {}
         self._labels: dict[str, int] = {}
         self._weights: dict[int, Mapping[str, float]] = {}
-        known = Generation0(space.sources, self._loss_of_label)
-        self._waiting = [iter(self._parents()), *(BASELINES.get(name)(known) for name in baselines)]
+        self._baselines_only = baselines_only
+        known = Generation0(
+            space.sources,
+            self._loss_of_label,
+            metrics=self._metrics_of_label,
+            terms=lambda: self.objective.terms,
+            groups=space.groups,
+        )
+        chosen = baselines if isinstance(baselines, Mapping) else {name: {} for name in baselines}
+        self._waiting = [
+            iter(self._parents()),
+            *(start_baseline(name, options, known) for name, options in chosen.items()),
+        ]
         self._optimizer: Optimizer | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will be asked any more, whatever is told."""
+        return self._baselines_only and not self._waiting
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -87,6 +114,8 @@ class Population:
             return self._add_proposal(proposal)
         if self._optimizer is None:
             if self._waiting or len(self._metrics) < len(self._candidates):
+                return None
+            if self._baselines_only:
                 return None
             self._optimizer = self._start_optimizer()
         genome = Genome.of(self._optimizer.ask())
@@ -134,7 +163,8 @@ class Population:
         self._labels[proposal.label] = id_
         if proposal.weights is not None:
             self._weights[id_] = proposal.weights
-        return self._add(Candidate(id_, proposal.label, self._space.recipe((proposal.rule,)), step=proposal.step))
+        recipe = self._space.recipe(proposal.rules)
+        return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
         self._candidates.append(candidate)
@@ -167,3 +197,8 @@ class Population:
         if id_ is None or id_ not in self._metrics or not self._parents_are_known():
             return None
         return self.objective.judge(self._metrics[id_]).loss if not self.objective.needs_parents else float("inf")
+
+    def _metrics_of_label(self, label: str) -> Mapping[str, float] | None:
+        if self._loss_of_label(label) is None:
+            return None
+        return self._metrics[self._labels[label]] or {}

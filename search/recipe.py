@@ -27,9 +27,12 @@ class ModelRef(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description="checkpoint folder or hub id")
+    path: str = Field(description="folder or hub id of a checkpoint or LoRA adapter")
     sha256: str | None = Field(None, description="content hash of the weights, filled in by Meiosis")
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
+    adapts: str | None = Field(
+        None, description="for a LoRA adapter, the model that it was trained on; by default the base"
+    )
     statistics: str | None = Field(
         None, description="file that `meiosis statistics` wrote, for operators that need one"
     )
@@ -57,6 +60,7 @@ class TokenRule(BaseModel):
 
     source: str | None = Field(None, description="a model, or `zero`; by default as for other tokens")
     token: str | None = Field(None, description="another token of that model, whose row is taken")
+    token_id: int | None = Field(None, ge=0, description="the same by its number in that model")
     force: bool = Field(False, description="whether models that have the token take this row too")
 
 
@@ -98,6 +102,7 @@ class Recipe(BaseModel):
     vocabulary: Vocabulary | None = Field(
         None, description="for models whose tokenizers differ: what to do with tokens"
     )
+    chat_template: str | None = Field(None, description="chat template of the output (Jinja), not the donor's")
 
     @property
     def donor(self) -> str:
@@ -109,6 +114,7 @@ class Recipe(BaseModel):
         for where, name in [
             ("base", self.base),
             *((f"rules[{i}].sources", s) for i, r in enumerate(self.rules) for s in r.sources),
+            *((f"models.{m}.adapts", ref.adapts) for m, ref in self.models.items()),
             *((f"layers[{i}]", s) for i, layer in enumerate(self.layers or ()) for s in layer),
         ]:
             if name is not None and name not in self.models:
@@ -156,7 +162,10 @@ class Recipe(BaseModel):
         data["models"] = {name: ref.sha256 or ref.path for name, ref in sorted(self.models.items())}
         if statistics := {name: ref.statistics for name, ref in sorted(self.models.items()) if ref.statistics}:
             data["statistics"] = statistics
-        for name in ("input_dtype", "compute", "layers", "vocabulary"):  # younger than the first hashes
+        if adapts := {name: ref.adapts for name, ref in sorted(self.models.items()) if ref.adapts}:
+            data["adapts"] = adapts
+        # Younger than the first hashes:
+        for name in ("input_dtype", "compute", "layers", "vocabulary", "chat_template"):
             if data[name] == type(self).model_fields[name].default:
                 del data[name]
         return data

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from search.errors import ConfigError, RecipeError
 from search.merge.check import check_recipe
+from search.mergekit.merge_file import is_merge_file
 from search.recipe import Recipe
 from search.yaml_source import YamlSource
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file.
+def read_recipe(path: Path, report: Callable[[str], None] = lambda _: None) -> Recipe:
+    """The recipe in a YAML file: one of ours, or a merge file of mergekit, whose models are opened for it.
+
+    Args:
+        report: called with a line for everything in a merge file that has no effect.
 
     Raises:
         ConfigError: every fault of form, with its line.
@@ -22,6 +27,12 @@ def read_recipe(path: Path) -> Recipe:
             carry out.
     """
     source = YamlSource.read(path)
+    if is_merge_file(source.data):
+        from search.mergekit.reader import read_merge_file
+
+        return read_merge_file(source, path.resolve().parent, report)
+    if "genome" in source.data:
+        raise ConfigError(f"{path}: is a search file of mergekit-evolve; `meiosis mergekit {path}` makes it a config")
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:

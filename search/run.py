@@ -122,12 +122,13 @@ def make_population(setup: Setup, in_flight: int) -> Population:
     return Population(
         setup.space,
         setup.objective,
-        search.baselines,
+        {baseline.name: baseline.options for baseline in search.baselines},
         setup.make_optimizer,
         budget=search.budget,
         window=in_flight,
         seed=setup.config.seed,
         step=search.optimizer.step,
+        baselines_only=search.baselines_only,
     )
 
 
@@ -143,7 +144,7 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
             working.mkdir(exist_ok=True)
             return make_pool(setup, setup.worker_plan(), working)
 
-        limits = Limits(search.budget, in_flight, ordered=search.order == "ordered")
+        limits = Limits(None if search.baselines_only else search.budget, in_flight, ordered=search.order == "ordered")
         population = make_population(setup, in_flight)
 
         def failed(outcome: Outcome) -> None:
@@ -164,13 +165,13 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
             if not model.exists():
                 watcher.line("exporting the winner")
                 export_candidate(setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended)
-            write_report(folder, setup, ended)
+            write_report(folder, setup, ended, len(driver.population.candidates))
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:
             done = sum(1 for _, items in driver.trials if items == "search")
             raise InterruptedRun(
-                f"stopped: {done} of {search.budget} candidates are saved in {folder.path}; "
+                f"stopped: {done} of {driver.total} candidates are saved in {folder.path}; "
                 f"go on with: meiosis resume {folder.path}"
             ) from None
         finally:

@@ -6,7 +6,7 @@ All faults of a config are collected and reported at once, each with the line of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
 from evaluators.registry import EVALUATORS, make_evaluator
-from search.baseline import BASELINES
+from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline, options_class
 from search.checkpoints.compatibility import check_compatible
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
 from search.checkpoints.reading import Checkpoint, open_checkpoint
+from search.checkpoints.view import require_model
 from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.objective import Objective, make_objective
@@ -25,7 +26,9 @@ from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
 from search.pool import WorkerPlan
 from search.recipe import ModelRef
+from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
+from search.statistics.check import check_statistics, statistics_paths
 from search.yaml_source import Location
 
 BASE = "base"
@@ -61,6 +64,11 @@ class Setup:
         reserved = cluster.pool == "local" or cluster.gpus_per_worker > 0
         return "cpu" if cluster.device == "auto" and not reserved else cluster.device
 
+    @property
+    def dtype(self) -> str | None:
+        """Dtype of the live model and of candidates; None for that of the base, where it has only one."""
+        return self.config.cluster.dtype or merged_dtype(self.checkpoints[BASE])
+
     def worker_plan(self) -> WorkerPlan:
         """What every worker is told."""
         cluster = self.config.cluster
@@ -71,7 +79,7 @@ class Setup:
                 EvaluatorSpec(name, section.use, section.options) for name, section in self.config.evaluators.items()
             ),
             device=self.device,
-            dtype=cluster.dtype,
+            dtype=self.dtype,
             threads=cluster.threads,
             seed=self.config.seed,
         )
@@ -113,11 +121,9 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     evaluators = _evaluators(loaded, faults)
     metrics = _metrics(evaluators)
     _check_metrics(loaded, metrics, set(evaluators), faults)
-    for index, name in enumerate(config.search.baselines):
-        if name not in BASELINES.names():
-            faults.add(("search", "baselines", index), f"unknown baseline '{name}'{nearest(name, BASELINES.names())}")
+    baselines = _baselines(loaded, evaluators, faults)
     smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
-    if config.search.budget < smallest:
+    if config.search.budget < smallest and not config.search.baselines_only:
         faults.add(
             ("search", "budget"),
             f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
@@ -139,7 +145,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         space = make_space(
             # Without a base there are no tensors that patterns could match; all else can be checked.
             config.space if there else config.space.model_copy(update={"patterns": {}}),
-            tensors=checkpoints[BASE].tensors if there else (),
+            tensors=_tensor_names(checkpoints) if there else (),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
@@ -172,20 +178,21 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         except CheckpointError as error:
             faults.add(_model_key(name), str(error))
         models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
+    models = check_statistics(loaded, models, faults.add)
     faults.raise_if_any()
     assert space is not None
     assert make_optimizer is not None
     return Setup(
-        config=_absolute(loaded, checkpoints, evaluators),
+        config=_absolute(loaded, checkpoints, evaluators, baselines),
         checkpoints=checkpoints,
         models=models,
         space=make_space(
             config.space,
-            tensors=checkpoints[BASE].tensors,
+            tensors=_tensor_names(checkpoints),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
-            dtype=config.cluster.dtype,
+            dtype=config.cluster.dtype or merged_dtype(checkpoints[BASE]),
         ),
         evaluators=evaluators,
         metrics=metrics,
@@ -231,6 +238,29 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
     return found
 
 
+def _baselines(
+    loaded: LoadedConfig, evaluators: Mapping[str, Evaluator], faults: _Faults
+) -> dict[str, BaselineOptions]:
+    """Baseline -> its options, complete."""
+    config = loaded.config
+    facts = Facts(tuple(config.models.sources), evaluators, tuple(term.metric for term in config.objectives.terms))
+    found: dict[str, BaselineOptions] = {}
+    for index, entry in enumerate(config.search.baselines):
+        key: Location = ("search", "baselines", index)
+        if entry.name not in BASELINES.names():
+            faults.add(key, f"unknown baseline '{entry.name}'{nearest(entry.name, BASELINES.names())}")
+            continue
+        if entry.name in found:
+            faults.add(key, f"'{entry.name}' stands twice")
+        try:
+            found[entry.name] = check_baseline(entry.name, entry.options, facts)
+        except ValidationError as error:
+            faults.lines += loaded.source.faults(error, options_class(entry.name), (*key, entry.name))
+        except UserError as error:
+            faults.add((*key, entry.name), str(error))
+    return found
+
+
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
     return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
 
@@ -260,10 +290,21 @@ def _checkpoints(loaded: LoadedConfig, faults: _Faults) -> dict[str, Checkpoint]
     found: dict[str, Checkpoint] = {}
     for name, path in {BASE: config.models.base, **config.models.sources}.items():
         try:
-            found[name] = open_checkpoint(loaded.path(path))
+            checkpoint = open_checkpoint(loaded.path(path))
+            if name == BASE:
+                require_model(checkpoint, "the base of a search")
+            found[name] = checkpoint
         except CheckpointError as error:
             faults.add(_model_key(name), str(error))
-    return found
+    return {name: replace(one, base=found.get(BASE)) if one.kind == "adapter" else one for name, one in found.items()}
+
+
+def _tensor_names(checkpoints: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    """The tensors of a candidate: those of the base, and a head where only some models tie theirs."""
+    try:
+        return tuple(view_models(checkpoints, donor=BASE).views[BASE].tensors)
+    except CheckpointError:  # will be reported when the sources are compared
+        return tuple(checkpoints[BASE].tensors)
 
 
 def _check_sources(checkpoints: Mapping[str, Checkpoint], faults: _Faults) -> None:
@@ -295,18 +336,23 @@ def _check_architecture(base: Checkpoint, evaluators: Mapping[str, Evaluator], f
 
 
 def _absolute(
-    loaded: LoadedConfig, checkpoints: Mapping[str, Checkpoint], evaluators: Mapping[str, Evaluator]
+    loaded: LoadedConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    evaluators: Mapping[str, Evaluator],
+    baselines: Mapping[str, BaselineOptions],
 ) -> Config:
-    """The config with every path absolute, so that the run folder is enough to go on from anywhere."""
+    """The config with every path absolute and all options, so that the run folder is enough to go on from anywhere."""
     data: dict[str, Any] = loaded.config.model_dump(mode="json")
     data["models"] = {
         "base": str(checkpoints[BASE].folder),
         "sources": {name: str(checkpoints[name].folder) for name in loaded.config.models.sources},
+        "statistics": statistics_paths(loaded),
     }
     data["evaluators"] = {
         name: {"use": loaded.config.evaluators[name].use, **evaluator.options.model_dump(mode="json")}
         for name, evaluator in evaluators.items()
     }
+    data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
     # What a command writes goes where the user stands, what it reads is found from the config.
     data["results"] = str(Path(loaded.config.results).expanduser().resolve())
     return Config.model_validate(data)

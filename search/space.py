@@ -166,7 +166,8 @@ def make_space(
 def _gene(group: Group, source: str | None, parameter: Parameter, bounds: GeneRange) -> Gene:
     middle = (bounds.low + bounds.high) / 2
     name = f"{group.name}/{source}.{parameter.name}" if source else f"{group.name}/{parameter.name}"
-    return Gene(name, bounds.low, bounds.high, middle if bounds.initial is None else bounds.initial, parameter.kind)
+    initial = middle if bounds.initial is None else bounds.initial
+    return Gene(name, bounds.low, bounds.high, initial, parameter.kind, parameter.step)
 
 
 def _check_source_count(operator: Operator, name: str, count: int) -> None:

@@ -73,7 +73,9 @@ def run_status(folder: RunFolder) -> RunStatus:
         path=str(folder.path),
         state=state,
         done=len(searched),
-        budget=manifest["config"]["search"]["budget"],
+        budget=len(origins)
+        if manifest["config"]["search"].get("baselines_only")
+        else int(manifest["config"]["search"]["budget"]),
         best_loss=best.loss if best else None,
         best_candidate=best.candidate if best else None,
         best_origin=origins[best.candidate] if best else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from search.objective import Judgement
 from search.pool import Failure, FailureKind, Outcome
@@ -14,7 +15,9 @@ from search.store.events import Ask, Trial
 
 def ask_event(candidate: Candidate) -> Ask:
     """The record of an ask. Recipes of generation 0 are written out, the others follow from the genome."""
-    rules = [rule.model_dump(mode="json") for rule in candidate.recipe.rules]
+    rules: object = [rule.model_dump(mode="json") for rule in candidate.recipe.rules]
+    if candidate.learn is not None:
+        rules = {"rules": rules, "learn": asdict(candidate.learn)}
     return Ask(
         candidate=candidate.id,
         origin=candidate.origin,

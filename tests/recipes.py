@@ -1,4 +1,4 @@
-"""Recipes over the small family of `family`, one for every operator."""
+"""Recipes over the small family of `family`, one for every operator that needs no statistics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from family import DOMAINS
 from search.checkpoints.fingerprint import fingerprint
 from search.checkpoints.reading import open_checkpoint
 from search.recipe import ModelRef, Recipe
+from search.registry import OPERATORS
 
 PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "task_arithmetic": ({"weight": 0.4}, {"lambda": 0.9}),
@@ -18,6 +19,27 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dare_linear": ({"weight": 0.3, "density": 0.6}, {}),
     "linear": ({"weight": 0.4}, {}),
     "slerp": ({}, {"t": 0.3}),
+    "nuslerp": ({"weight": 0.6}, {"nuslerp_flatten": False}),
+    "multislerp": ({"weight": 0.4}, {"task_vectors": True}),
+    "karcher": ({}, {}),
+    "breadcrumbs": ({"weight": 0.5, "density": 0.6, "gamma": 0.1}, {}),
+    "breadcrumbs_ties": ({"weight": 0.5, "density": 0.6, "gamma": 0.1}, {}),
+    "della": ({"weight": 0.6, "density": 0.5}, {}),
+    "della_linear": ({"weight": 0.3, "density": 0.5}, {}),
+    "model_stock": ({}, {}),
+    "nearswap": ({}, {"t": 0.01}),
+    "passthrough": ({"scale": 0.9}, {}),
+    "sce": ({}, {"select_topk": 0.5}),
+    "arcee_fusion": ({}, {}),
+    "ram": ({}, {}),
+    "ramplus_tl": ({}, {}),
+    "tsv_m": ({}, {}),
+    "iso_c": ({}, {}),
+    "iso_cts": ({}, {"common": 0.7}),
+    "wudi": ({}, {}),
+    "consensus": ({}, {}),
+    "tall_mask": ({}, {"task": 1}),
+    "lines": ({}, {}),
 }
 """Operator -> parameters of each source, and shared ones."""
 
@@ -34,7 +56,7 @@ def models_of(family: Path) -> dict[str, ModelRef]:
 def recipe_of(family: Path, operator: str, dtype: str | None = None, seed: int = 3, **changed: float) -> Recipe:
     """A merge of the whole family with one operator; `changed` replaces parameters of the sources."""
     per_source, shared = PARAMETERS[operator]
-    sources = DOMAINS[:2] if operator == "slerp" else DOMAINS
+    sources = DOMAINS[: OPERATORS.get(operator).max_sources]
     rule = {"operator": operator, "sources": {s: {**per_source, **changed} for s in sources}, "parameters": shared}
     models = {name: ref.model_dump() for name, ref in models_of(family).items()}
     return Recipe.from_data({"base": "base", "models": models, "rules": [rule], "dtype": dtype, "seed": seed})

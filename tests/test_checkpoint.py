@@ -87,6 +87,17 @@ def test_a_single_file_and_its_shards_open_as_the_same_tensors(tmp_path: Path) -
                 assert raw == expected.numpy().tobytes()
 
 
+@pytest.mark.parametrize("length", [640, 1152])
+def test_a_header_whose_length_looks_like_the_beginning_of_a_pickle_is_read(length: int, tmp_path: Path) -> None:
+    data = torch.ones(4).numpy().tobytes()
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, len(data)]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + data)
+    assert torch.equal(load_file(file)["a"], torch.ones(4))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
 def test_opening_does_not_load_torch() -> None:
     code = (
         "import sys, search.checkpoints.reading, search.checkpoints.writing, cluster.shards;"
@@ -372,7 +383,7 @@ def replaced(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
         (LLAMA, {"model_type": "mistral"}, "model_type 'mistral', the base"),
         (replaced(up=torch.ones(5, 4)), {}, ".up_proj.weight' has shape [5, 4], the base has [6, 4]"),
         (replaced(norm=None), {}, "has no tensor 'model.norm.weight' of shape [4], which the base has"),
-        (replaced(head=torch.ones(8, 4)), {"tie_word_embeddings": False}, "is False here, None in the base"),
+        (LLAMA | {"score.weight": torch.ones(2, 4)}, {}, "has an extra tensor 'score.weight' of shape [2, 4]"),
         (replaced(norm=torch.ones(4).int()), {}, "norm.weight' of shape [4] holds I32, the base holds F32"),
         (replaced(embed=torch.ones(9, 4)), {"vocab_size": 9}, "a vocabulary of 9 tokens, the base of 8"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "is quantised ('gptq')"),

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from search.checkpoints.fingerprint import fingerprint, hash_tensors
 from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
-from search.checkpoints.tensor_bytes import TORCH_NAMES
+from search.checkpoints.shard_writer import Planned
+from search.checkpoints.tensor_bytes import TORCH_NAMES, dtype_name
 from search.checkpoints.writing import write_checkpoint
 from search.errors import MeiosisError, UserError
 
@@ -355,3 +357,97 @@ def test_stock_transformers_loads_what_is_written(tied: bool, shard: int, tmp_pa
         assert torch.equal(loaded.eval()(tokens).logits, original(tokens).logits)
     half = write_checkpoint(live, donor, tmp_path / "half", max_shard_bytes=shard, dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+
+
+# Streams whose layout is known beforehand
+
+
+def layout_of(tensors: dict[str, torch.Tensor]) -> list[Planned]:
+    return [Planned(name, dtype_name(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from(["float32", "bfloat16", "uint8"])), min_size=1, max_size=8
+    ),
+    shard=st.integers(1, 300),
+)
+def test_a_stream_with_a_layout_writes_the_same_files_as_the_tensors_at_once(
+    sizes: list[tuple[int, str]], shard: int, donor: Checkpoint, tmp_path: Path
+) -> None:
+    tensors = {f"t{i}": torch.arange(n).to(getattr(torch, dtype)) for i, (n, dtype) in enumerate(sizes)}
+    for name in ("once", "stream"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    once = write_checkpoint(tensors, donor, tmp_path / "once", max_shard_bytes=shard)
+    stream = write_checkpoint(
+        iter(tensors.items()), donor, tmp_path / "stream", layout=layout_of(tensors), max_shard_bytes=shard
+    )
+    assert names(once) == names(stream)
+    assert all((once / name).read_bytes() == (stream / name).read_bytes() for name in names(once))
+
+
+def test_a_stream_is_taken_as_it_is_written_not_a_shard_at_a_time(donor: Checkpoint, tmp_path: Path) -> None:
+    alive = most = 0
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal alive, most
+
+        def gone() -> None:
+            nonlocal alive
+            alive -= 1
+
+        for i in range(40):
+            tensor = torch.full((1 << 16,), float(i))
+            alive += 1
+            most = max(most, alive)
+            weakref.finalize(tensor.untyped_storage(), gone)
+            yield str(i), tensor
+            del tensor
+
+    layout = [Planned(str(i), "F32", (1 << 16,)) for i in range(40)]
+    write_checkpoint(stream(), donor, tmp_path / "out", layout=layout)
+    assert most <= 6
+
+
+@pytest.mark.parametrize("fault", ["other shape", "too few", "too many", "other order"])
+def test_a_stream_that_is_not_its_layout_is_a_fault_and_leaves_nothing(
+    fault: str, donor: Checkpoint, tmp_path: Path
+) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.ones(4)}
+    layout = layout_of(tensors)
+    given_tensors = {
+        "other shape": {"a": torch.ones(3), "b": torch.ones(5)},
+        "too few": {"a": torch.ones(3)},
+        "too many": {**tensors, "c": torch.ones(1)},
+        "other order": {"b": tensors["b"], "a": tensors["a"]},
+    }[fault]
+    with pytest.raises(ValueError, match="layout"):
+        write_checkpoint(iter(given_tensors.items()), donor, tmp_path / "out", layout=layout)
+    assert names(tmp_path) == ["donor"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("-inf"), "bfloat16")])
+def test_a_tensor_that_is_not_finite_is_refused_where_that_is_asked_for(
+    value: float, dtype: str, donor: Checkpoint, tmp_path: Path
+) -> None:
+    tensors = {"good": torch.ones(3), "bad": torch.tensor([1.0, value, value]).to(getattr(torch, dtype))}
+    with pytest.raises(UserError, match=f"tensor 'bad': 2 merged values are NaN or infinite in {dtype}"):
+        write_checkpoint(tensors, donor, tmp_path / "out", finite=True)
+    assert names(tmp_path) == ["donor"]
+    write_checkpoint(tensors, donor, tmp_path / "out")
+
+
+def test_files_that_depend_on_the_tensors_are_made_after_them(donor: Checkpoint, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():
+            seen.append(name)
+            yield name, tensor
+
+    out = write_checkpoint(stream(), donor, tmp_path / "out", extra_files=lambda: {"seen.txt": " ".join(seen)})
+    assert (out / "seen.txt").read_text() == " ".join(TENSORS)
+    with pytest.raises(ValueError, match="expected a plain file name"):
+        write_checkpoint(TENSORS, donor, tmp_path / "bad", extra_files=lambda: {"../x": ""})
+    assert names(tmp_path) == ["donor", "out"]

@@ -222,7 +222,7 @@ SINGLE: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "config is a list": (content(lambda b: b"[1]", "config.json"), "config.json", "holds a JSON list"),
     "only a pickle": (only_bin, "pytorch_model.bin", "and pickle is never loaded; convert it once"),
-    "adapter": (only_adapter, "adapter_config.json", "is a LoRA adapter"),
+    "adapter": (only_adapter, "adapter_config.json", "names no peft_type"),
     "no weights": (remove(WEIGHTS), "model", "has a config.json, but neither"),
     "NaN weights": (values(embed=infinite(np.nan)), WEIGHTS, "1 NaN values in 1 tensor"),
     "infinite weights": (values(embed=infinite(-np.inf)), WEIGHTS, "1 infinite values in 1 tensor"),

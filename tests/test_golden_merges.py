@@ -2,8 +2,9 @@
 
 Where mergekit computes in float32 the bits are the same, but for sums that we take in float64 (the
 angles of SLERP, the norms of a rescaled TIES). Where it computes task vectors in bfloat16, rounding at
-every step, we do not follow: there task arithmetic is compared within the error of those steps, and
-TIES, whose trimming and signs turn on them, only with our own float32 merge.
+every step, we do not follow by default: there task arithmetic is compared within the error of those steps, and
+TIES, whose trimming and signs turn on them, only with our own float32 merge. With `compute: inputs` we follow
+it everywhere, torch's sums included.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from search.merge.sources import InMemoryTensors
 from search.recipe import Recipe
 
 torch.set_num_threads(1)
+
+SAME_SUMS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether torch sums here in the order in which it did for mergekit."""
 
 GOLDEN = Path(os.environ.get("MEIOSIS_GOLDEN") or Path(__file__).parent / "golden")
 """Some tensors of every model, or a folder of the same layout with whole models; see its README.md."""
@@ -111,17 +115,18 @@ def recipe_of(config: dict[str, Any], tensors: list[str], layers: int) -> Recipe
     return Recipe.from_data({"base": names[base] if needs_base else None, "models": models, "rules": rules})
 
 
-def merge(family: str, case: str, *, dtype: torch.dtype | None = None) -> Merged:
-    """One case, ours in the dtype of mergekit's output unless told otherwise."""
+def merge(family: str, case: str, *, dtype: torch.dtype | None = None, as_mergekit: bool = False) -> Merged:
+    """One case, ours in the dtype of mergekit's output unless told otherwise; `as_mergekit` computes in its dtype."""
     folder = GOLDEN / "expected" / family / case
     config = yaml.safe_load((folder / "config.yaml").read_text())
     expected = load_file(folder / "model.safetensors")
     layers = 1 + max(int(match.group(1)) for name in expected if (match := LAYER.match(name)))
     recipe = recipe_of(config, list(expected), layers)
+    if as_mergekit:
+        recipe = recipe.model_copy(update={"compute": "inputs", "input_dtype": config.get("dtype")})
+    cast = None if as_mergekit else config.get("dtype")
     inputs = {
-        name: {
-            tensor: values for tensor, values in load_model(ref.path, config.get("dtype")).items() if tensor in expected
-        }
+        name: {tensor: values for tensor, values in load_model(ref.path, cast).items() if tensor in expected}
         for name, ref in recipe.models.items()
     }
     ours = {name: torch.full_like(tensor, 7.0, dtype=dtype or tensor.dtype) for name, tensor in expected.items()}
@@ -232,3 +237,31 @@ def test_ours_is_the_float32_merge_of_the_same_inputs_rounded_once(family: str, 
     exact = merge(family, case, dtype=torch.float32)
     for name, values in exact.ours.items():
         assert torch.equal(rounded.ours[name], values.to(torch.bfloat16)), name
+
+
+# --- computed as mergekit computes
+
+
+def units_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Per element, how many numbers of their (16-bit) type lie between, with one between 0 and -0."""
+
+    def rank(values: torch.Tensor) -> torch.Tensor:
+        bits = values.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (rank(ours) - rank(theirs)).abs()
+
+
+@pytest.mark.parametrize(("family", "case"), [*EXACT, *CLOSE, *COARSE])
+def test_computing_in_the_dtype_of_the_inputs_gives_the_bits_of_mergekit(family: str, case: str) -> None:
+    merged = merge(family, case, as_mergekit=True)
+    for name, expected in merged.expected.items():
+        ours = merged.ours[name]
+        if SAME_SUMS:
+            assert torch.equal(ours, expected), name
+        if expected.dtype == torch.float32:
+            error = (ours.double() - expected.double()).abs()
+            assert bool((error <= 1e-6 * largest_input(merged, name)).all()), name
+            continue
+        apart = units_apart(ours, expected)
+        assert int(apart.max()) <= 1, (name, int(apart.max()), int((apart > 1).sum()), apart.numel())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from search.errors import CheckpointError, RecipeError
@@ -148,6 +150,51 @@ def test_the_seed_is_part_of_a_rule_only_where_masks_are_drawn() -> None:
     engine.merge_into(recipe(rules, seed=1), targets)
     assert engine.merge_into(recipe(rules, seed=2), targets).written == 1
     assert same(targets, result(tensors, recipe(rules, seed=2)))
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from("xyz"), st.sampled_from(["linear", "ties", "dare_ties"]), st.integers(0, 8)),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(max_examples=15, deadline=None)
+def test_candidates_that_change_some_tensors_have_the_bits_of_merges_from_nothing(
+    steps: list[tuple[str, str, int]],
+) -> None:
+    tensors = models(1500)
+    engine, targets = merger(tensors), blank(tensors)
+    rules = {name: average(0.5, name) for name in "xyz"}
+    engine.merge_into(recipe(list(rules.values())), targets)
+    for name, operator, value in steps:
+        values: dict[str, float] = {"weight": 0.1 + value / 8}
+        if operator != "linear":
+            values["density"] = value / 8
+        changed = {"tensors": [name], "operator": operator, "sources": {"a": values, "b": {"weight": 0.3}}}
+        differs = changed != rules[name]
+        rules[name] = changed
+        candidate = recipe(list(rules.values()))
+        assert engine.merge_into(candidate, targets).written == int(differs)
+        assert same(targets, result(tensors, candidate))
+
+
+def test_memory_that_a_parameter_was_given_since_is_written() -> None:
+    tensors = models()
+    engine = merger(tensors)
+    targets = {name: torch.nn.Parameter(tensor) for name, tensor in blank(tensors).items()}
+    engine.merge_into(recipe(), targets)
+    targets["y"].data = torch.zeros(3000)
+    assert engine.merge_into(recipe(), targets).written == 1
+    assert torch.equal(targets["y"].detach(), result(tensors, recipe())["y"])
+
+
+def test_values_of_another_type_are_not_taken_for_those_of_an_earlier_recipe() -> None:
+    tensors = models()
+    engine, targets = merger(tensors), blank(tensors)
+    engine.merge_into(recipe([{**average(0.5), "parameters": {"normalize": True}}]), targets)
+    with pytest.raises(RecipeError, match="found 1, expected true or false"):
+        engine.merge_into(recipe([{**average(0.5), "parameters": {"normalize": 1}}]), targets)
 
 
 # --- where it is written

@@ -30,6 +30,7 @@ SHAPES = {
 }
 OPERATOR_NAMES = OPERATORS.names()
 every_operator = pytest.mark.parametrize("name", OPERATOR_NAMES)
+either_way = pytest.mark.parametrize("compute", ["float32", "inputs"])
 
 
 def family(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -60,15 +61,34 @@ def recipe_for(name: str, **changes: Any) -> Recipe:
     shared = {key: value for key, value in values.items() if scope[key] == "shared"}
     data = {
         "base": "base" if operator.needs_base else None,
-        "models": {model: {"path": model} for model in ("a", "base", "b", "c")},
+        "models": {
+            model: {"path": model, "statistics": operator.statistics and "file"} for model in ("a", "base", "b", "c")
+        },
         "rules": [{"operator": name, "sources": sources, "parameters": shared}],
         **changes,
     }
     return Recipe.from_data(data)
 
 
+def statistics() -> dict[str, InMemoryTensors]:
+    """Statistics of every kind for the models of `family`."""
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for model in ("base", "a", "b", "c"):
+        tensors = {f"fisher/{key}": torch.rand(shape, generator=generator) for key, shape in SHAPES.items()}
+        for key in ("matrix", "large"):
+            inputs = torch.randn(40, SHAPES[key][1], generator=generator)
+            tensors |= {f"gram/{key}": inputs.T @ inputs / 40, f"gram_axis/{key}": torch.tensor(1)}
+        found[model] = InMemoryTensors(tensors)
+    return found
+
+
+STATISTICS = statistics()
+
+
 def merger(models: dict[str, dict[str, Tensor]], **options: Any) -> Merger:
-    return Merger({model: InMemoryTensors(tensors) for model, tensors in models.items()}, **options)
+    sources = {model: InMemoryTensors(tensors) for model, tensors in models.items()}
+    return Merger(sources, statistics=STATISTICS, **options)
 
 
 def merged(recipe: Recipe, models: dict[str, dict[str, Tensor]], **options: Any) -> dict[str, Tensor]:
@@ -123,15 +143,17 @@ def test_identical_models_merge_to_themselves(name: str) -> None:
 
 
 @every_operator
+@either_way
 @pytest.mark.parametrize("block_elements", [1, 1024, 5 * 1024, 1 << 20])
-def test_bits_do_not_depend_on_the_block_size(name: str, block_elements: int) -> None:
-    recipe, models = recipe_for(name), family()
+def test_bits_do_not_depend_on_the_block_size(name: str, compute: str, block_elements: int) -> None:
+    recipe, models = recipe_for(name, compute=compute), family()
     assert_same_bits(merged(recipe, models, block_elements=block_elements), merged(recipe, models))
 
 
 @every_operator
-def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
-    recipe, models = recipe_for(name), family()
+@either_way
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, compute: str) -> None:
+    recipe, models = recipe_for(name, compute=compute), family()
     one = merged(recipe, models)
     torch.set_num_threads(2)
     try:
@@ -187,7 +209,10 @@ def test_narrow_types_are_merged_in_float32_and_rounded_once(name: str) -> None:
 
 @every_operator
 def test_double_precision_stays_double_precision(name: str) -> None:
-    double = family(torch.float64)
+    double = {  # numbers that float32 cannot hold
+        model: {key: t * (1.0 + 2.0**-30) for key, t in tensors.items()}
+        for model, tensors in family(torch.float64).items()
+    }
     single = {model: {key: t.float() for key, t in tensors.items()} for model, tensors in double.items()}
     found = merged(recipe_for(name), double)
     for key, tensor in merged(recipe_for(name), single).items():
@@ -207,8 +232,9 @@ def test_sources_are_left_as_they_were(name: str) -> None:
 
 
 @every_operator
-def test_what_is_prepared_through_files_gives_the_same_bits(name: str, tmp_path: Path) -> None:
-    recipe, models = recipe_for(name), family()
+@either_way
+def test_what_is_prepared_through_files_gives_the_same_bits(name: str, compute: str, tmp_path: Path) -> None:
+    recipe, models = recipe_for(name, compute=compute), family()
     identity = {model: f"hash of {model}" for model in models}
     wanted = merged(recipe, models)
     for _ in range(2):  # the first writes the files, the second reads them

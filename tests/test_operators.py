@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from search.merge.apply import Merger
+from search.merge.count_table import MagnitudeTrim, find_thresholds, prepare_thresholds
+from search.merge.inputs import RecentValues, Scratch, TensorInputs
+from search.merge.kernels import chosen_mode
+from search.merge.kernels.library import library
 from search.merge.sources import InMemoryTensors
 from search.recipe import Recipe
 
 torch.set_num_threads(1)
+library(chosen_mode())  # compiled here where it is not yet, not within the time of a test
 
 Array = NDArray[np.float64]
 WEIGHTS = st.floats(-2.0, 2.0, allow_nan=False, width=32)
@@ -84,16 +89,19 @@ def trim(delta: Array, density: float) -> Array:
 
 
 def mask(size: int, density: float, seed: int, model: str) -> Array:
-    """The definition of `search.merge.masks`, in Python's unbounded integers."""
-    text = b"meiosis mask 1\0%d\0w\0%s\0" % (seed, model.encode())
-    key = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+    """The definition of `search.merge.masks`, in Python's unbounded integers; for the first segment."""
+    text = b"meiosis mask 2\0%d\0w\0%s\0" % (seed, model.encode())
+    z = (int.from_bytes(hashlib.sha256(text).digest()[:8], "little") + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
     kept = []
     for index in range(size):
-        z = (key + (index // 2 + 1) * 0x9E3779B97F4A7C15) % 2**64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        z ^= z >> 31
-        kept.append((z >> 32 * (index % 2)) % 2**31 < round(density * 2**31))
+        x = (z + index // 2) % 2**32
+        x = (x ^ (x >> 16)) * 0x21F0AAAD % 2**32
+        x = (x ^ (x >> 15) ^ (z >> 32)) * 0x735A2D97 % 2**32
+        x ^= x >> 15
+        kept.append(((x >> 16 * (index % 2)) % 2**16 ^ 2**15) < round(density * 2**16))
     return np.array(kept, dtype=np.float64)
 
 
@@ -300,6 +308,43 @@ def test_ties_keeps_exactly_the_k_largest_of_a_large_tensor(coarse: bool, densit
         both = {**sources, "m1": {"weight": 1.0, "density": 0.3}}
         found = merge(recipe_of("ties", both), models, block_elements=block_elements)
         close(found, base + elect([wanted, trim(deltas[1], 0.3)], [1.0, 1.0], True), models)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 700, 1024, 1025, 2047, 30_001])
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_prepared_thresholds_are_those_that_counting_finds(size: int, coarse: bool, kernels: Any) -> None:
+    models = models_of(1, size, 3, coarse=coarse)
+    delta = models["m0"] - models["base"]
+
+    def inputs(cache: int) -> TensorInputs:
+        return TensorInputs(
+            name="w",
+            models=("m0",),
+            sources=(models["m0"],),
+            base="base",
+            base_tensor=models["base"],
+            seed=0,
+            device=torch.device("cpu"),
+            block_elements=1024,
+            scratch=Scratch(),
+            cache=RecentValues(cache),
+            kernels=kernels,
+        )
+
+    prepared = [prepare_thresholds(inputs(1))]
+    order = torch.sort(delta.abs(), descending=True, stable=True)
+    for density in (1, 2, 3, 77, 512, 1023):
+        k = max(1, density * size // 1024)
+        if k == size:
+            continue
+        (wanted,) = find_thresholds(inputs(1), prepared, {0: k}).values()
+        (counted,) = find_thresholds(inputs(1), [{}], {0: k}).values()
+        assert wanted.value == counted.value == float(order.values[k - 1])
+        for found in (wanted, counted):
+            kept = torch.nn.functional.hardshrink(delta, 0.0)
+            MagnitudeTrim(found, torch.float32)(kept, 0)
+            assert torch.equal(kept, torch.from_numpy(trim(np.asarray(delta.double()), k / size + 1e-12)).float())
 
 
 def test_ties_of_a_model_that_did_not_change_keeps_the_base() -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import torch
 
 from cluster.shards import node_folder
 from search.errors import WorkerError
-from search.merge.prepared import KEEP_SECONDS, Prepared, PreparedFolder
+from search.merge.prepared import KEEP_SECONDS, Prepared, PreparedFolder, Tensors
 
 FACTS = {"operator": "slerp", "sources": ["a", "b"]}
 
 
-def content() -> Prepared:
+def whole() -> Prepared:
     return {"w": {"dot": torch.tensor([0.5]), "counts": torch.arange(5000)}, "v": {"dot": torch.tensor([2.0])}}
+
+
+def content() -> Iterator[tuple[str, Tensors]]:
+    yield from whole().items()
 
 
 def same(one: Prepared, other: Prepared) -> bool:
@@ -31,13 +36,13 @@ def same(one: Prepared, other: Prepared) -> bool:
     return plain(one) == plain(other)
 
 
-def never() -> Prepared:
+def never() -> Iterator[tuple[str, Tensors]]:
     raise AssertionError("it is there already")
 
 
 def test_what_one_process_prepared_another_finds(tmp_path: Path) -> None:
-    assert same(PreparedFolder(tmp_path / "new" / "folder").load(FACTS, content), content())
-    assert same(PreparedFolder(tmp_path / "new" / "folder").load(FACTS, never), content())
+    assert same(PreparedFolder(tmp_path / "new" / "folder").load(FACTS, content), whole())
+    assert same(PreparedFolder(tmp_path / "new" / "folder").load(FACTS, never), whole())
 
 
 def test_where_there_can_be_no_folder_it_is_prepared_in_memory_and_said_once(tmp_path: Path) -> None:
@@ -46,7 +51,7 @@ def test_where_there_can_be_no_folder_it_is_prepared_in_memory_and_said_once(tmp
         warnings.simplefilter("always")
         folder = PreparedFolder(tmp_path / "file")
         for facts in (FACTS, {**FACTS, "operator": "ties"}):
-            assert same(folder.load(facts, content), content())
+            assert same(folder.load(facts, content), whole())
     assert [warning.category for warning in said] == [RuntimeWarning]
     assert str(said[0].message).startswith(f"{tmp_path / 'file'}: cannot be used (")
     assert (tmp_path / "file").read_text() == "in the way"
@@ -58,7 +63,7 @@ def _on_a_full_disk(folder: Path, results: Any) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = PreparedFolder(folder).load(FACTS, content)
-    results.put((same(found, content()), [str(warning.message) for warning in said]))
+    results.put((same(found, whole()), [str(warning.message) for warning in said]))
 
 
 def test_on_a_full_disk_it_is_prepared_in_memory_and_nothing_is_left_half_written(tmp_path: Path) -> None:
@@ -75,12 +80,12 @@ def test_on_a_full_disk_it_is_prepared_in_memory_and_nothing_is_left_half_writte
 
 
 def test_what_preparing_raises_passes_through(tmp_path: Path) -> None:
-    def unreadable() -> Prepared:
+    def unreadable() -> Iterator[tuple[str, Tensors]]:
         raise OSError("a model cannot be read")
 
     with pytest.raises(OSError, match="a model cannot be read"):
         PreparedFolder(tmp_path).load(FACTS, unreadable)
-    assert same(PreparedFolder(tmp_path).load(FACTS, content), content())
+    assert same(PreparedFolder(tmp_path).load(FACTS, content), whole())
 
 
 def test_files_that_nobody_used_for_long_go_when_another_is_written(tmp_path: Path) -> None:
@@ -114,3 +119,17 @@ def test_a_file_in_the_place_of_the_folder_of_a_node_is_named(tmp_path: Path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert node_folder() == place
     assert place.stat().st_mode & 0o777 == 0o700
+
+
+def test_large_contents_are_written_in_parts_and_found_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.merge.prepared.PART_BYTES", 100)
+    many = {f"t{i}": {"x": torch.full((20,), float(i)), "y": torch.tensor([i])} for i in range(7)}
+    folder = PreparedFolder(tmp_path)
+    assert same(folder.load(FACTS, lambda: iter(many.items())), many)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert same(PreparedFolder(tmp_path).load(FACTS, never), many)
+    next(tmp_path.glob("*p1.safetensors")).write_bytes(b"")
+    assert same(PreparedFolder(tmp_path).load(FACTS, lambda: iter(many.items())), many)
+    assert same(PreparedFolder(tmp_path).load(FACTS, never), many)

@@ -186,3 +186,19 @@ def test_a_rule_that_matches_no_tensor_is_a_mistake() -> None:
     rest = Rule(operator="linear", sources={"b": {"weight": 1.0}})
     with pytest.raises(RecipeError, match=r"no tensor of the models matches 'model\.layrs"):
         Recipe(models=MODELS, rules=(typo, rest)).assign(LLAMA)
+
+
+@given(low=st.floats(0, 0.9), width=st.floats(0, 0.5), x=st.floats(0, 1))
+def test_stepped_genes_take_multiples_of_their_step_within_their_bounds(low: float, width: float, x: float) -> None:
+    gene = Gene("g/a.density", low, low + width, low, "float", 1 / 1024)
+    value = gene.value(x)
+    assert low <= value <= low + width
+    if width > 1 / 1024:
+        assert value * 1024 == int(value * 1024)
+        assert abs(value - (low + x * width)) <= 1 / 1024
+
+
+def test_densities_of_ties_are_searched_on_the_grid_that_is_prepared() -> None:
+    genes = space(operator="ties").genes
+    assert {gene.step for gene in genes if gene.name.endswith(".density")} == {1 / 1024}
+    assert {gene.step for gene in genes if gene.name.endswith(".weight")} == {None}

@@ -12,7 +12,7 @@ from pydantic import Field
 from evaluators.base import Context, Metric, Scores
 from evaluators.errors import UserError
 from evaluators.items import Item, ItemEvaluator, checked_text, text_in
-from evaluators.likelihood import Window, score_windows
+from evaluators.likelihood import Window, score_windows, window_sums
 from evaluators.tokens import CAUSAL_ARCHITECTURES, TextEncoder, TextOptions, Tokens
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class MultipleChoice(ItemEvaluator):
     help = "Questions with given answers, scored by the likelihood of each: raw and per byte."
     source = "Brown et al. 2020, https://arxiv.org/abs/2005.14165; lm-evaluation-harness"
     architectures = CAUSAL_ARCHITECTURES
+    loss_metric = "nll"
     options: MultipleChoiceOptions
 
     def parse(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,6 +93,11 @@ class MultipleChoice(ItemEvaluator):
             rows = [_score(self.data[item], np.array([part.sum() for part in parts])) for item, parts in done.items()]
             columns = np.array(rows).T
             yield Scores(tuple(done), dict(zip(self.metrics, columns, strict=True)), np.ones(len(rows)))
+
+    def losses(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[tuple[torch.Tensor, float]]:
+        for item in items:
+            logs = window_sums(model, self._windows[item], self._device)
+            yield logs.logsumexp(0) - logs[self.data[item].content["answer"]], 1.0
 
 
 def _index_of(answer: Any, choices: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from evaluators.base import Context, Metric, Scores
 from evaluators.errors import UserError
 from evaluators.items import ItemEvaluator, text_in
-from evaluators.likelihood import Window, score_windows
+from evaluators.likelihood import Window, score_windows, window_losses
 from evaluators.tokens import CAUSAL_ARCHITECTURES, TextEncoder, TextOptions, Tokens
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Perplexity(ItemEvaluator):
     help = "How well the model predicts texts: token-weighted negative log-likelihood."
     source = "Jelinek 1977, https://doi.org/10.1121/1.2016299"
     architectures = CAUSAL_ARCHITECTURES
+    loss_metric = "nll"
     reads_text = True
     options: PerplexityOptions
 
@@ -95,6 +96,10 @@ class Perplexity(ItemEvaluator):
                 values={"nll": np.array([-token_logs.mean() for token_logs in per_item])},
                 weights=np.array([len(token_logs) for token_logs in per_item], np.float64),
             )
+
+    def losses(self, model: torch.nn.Module, items: Sequence[str]) -> Iterator[tuple[torch.Tensor, float]]:
+        windows = {item: self._windows[item] for item in items}
+        yield from window_losses(model, windows, batch_tokens=self.options.batch_tokens, device=self._device)
 
     def aggregate(self, scores: Scores) -> dict[str, float]:
         means = super().aggregate(scores)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from meiosis.cli.common import debug_option, json_option, note, out, print_json, results_option
+from meiosis.cli.hub import push_options
 
 
 @click.command("export", epilog="Example: meiosis export first merged --trial 17")
@@ -14,16 +15,37 @@ from meiosis.cli.common import debug_option, json_option, note, out, print_json,
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--trial", type=int, help="Candidate to export; by default the winner, or the best so far.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is in OUT.")
+@push_options
 @results_option
 @json_option
 @debug_option
-def command(run: str, folder: Path, trial: int | None, overwrite: bool, results: Path, as_json: bool) -> None:
+def command(
+    run: str,
+    folder: Path,
+    trial: int | None,
+    overwrite: bool,
+    push: str | None,
+    private: bool,
+    results: Path,
+    as_json: bool,
+) -> None:
     """Write the best (or any) trial of RUN as a Hugging Face checkpoint to OUT."""
+    from search.gguf import gguf_ready
+    from search.push import check_repository, push_folder
     from search.run import Watcher, export_trial
     from search.store.run_folder import RunFolder
 
+    repository = check_repository(push, private)
     chosen = export_trial(RunFolder.find(results, run), folder, trial, Watcher(note), overwrite=overwrite)
+    missing = gguf_ready(folder)
+    address = push_folder(folder, repository) if repository is not None else None
     if as_json:
-        print_json({"model": str(folder), "trial": chosen.id, "origin": chosen.origin})
-    else:
-        out().print(f"Exported trial {chosen.id} ({chosen.origin}): {folder}", soft_wrap=True)
+        pushed = {"pushed": address} if address else {}
+        told = {"model": str(folder), "trial": chosen.id, "origin": chosen.origin, "gguf_missing": missing}
+        print_json({**told, **pushed})
+        return
+    for line in missing:
+        note(f"not ready for GGUF: {line}")
+    out().print(f"Exported trial {chosen.id} ({chosen.origin}): {folder}", soft_wrap=True)
+    if address is not None:
+        out().print(f"Pushed to: {address}", soft_wrap=True)

@@ -35,16 +35,23 @@ def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _plan(setup: Setup) -> dict[str, Any]:
     from evaluators.base import ITEM_POOLS
+    from search.sources import view_models
 
-    config, base = setup.config, setup.checkpoints["base"]
+    config = setup.config
+    base = view_models(setup.checkpoints, donor="base").views["base"]
     items = {
         name: {pool: len(evaluator.items(pool)) for pool in ITEM_POOLS} for name, evaluator in setup.evaluators.items()
     }
-    live = sum(_live_bytes(info.dtype, info.shape, config.cluster.dtype) for info in base.tensors.values())
+    live = sum(_live_bytes(info.dtype, info.shape, setup.dtype) for info in base.tensors.values())
     return {
         "config": config.name,
         "models": {
-            name: {"path": ref.path, "sha256": ref.sha256, "bytes": setup.checkpoints[name].nbytes}
+            name: {
+                "path": ref.path,
+                "kind": setup.checkpoints[name].kind,
+                "sha256": ref.sha256,
+                "bytes": setup.checkpoints[name].nbytes,
+            }
             for name, ref in setup.models.items()
         },
         "operator": setup.space.operator,
@@ -87,7 +94,8 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
     for column in ("name", "checkpoint", "MiB", "sha256"):
         models.add_column(column, overflow="fold")
     for name, model in plan["models"].items():
-        models.add_row(name, model["path"], f"{model['bytes'] / _MIB:.1f}", str(model["sha256"])[:16])
+        kind = " (LoRA adapter, applied to the base on the fly)" if model["kind"] == "adapter" else ""
+        models.add_row(name, model["path"] + kind, f"{model['bytes'] / _MIB:.1f}", str(model["sha256"])[:16])
     console.print(models)
     genome = Table(title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left")
     for column in ("group", "tensors", "genes", "from", "to", "start"):

@@ -1,7 +1,8 @@
 """Greedy soup (Wortsman 2022, https://arxiv.org/abs/2203.05482, recipe 1).
 
-Sources are sorted by their score on the search items; each is added in turn and kept if the mean with it
-is not worse than the mean without.
+Sources are sorted by their score on the search items; each is added in turn and kept if the mean of all
+kept so far and it is not worse than without it. Not worse (>=) is the rule of the paper; the code that was
+released with it wants strictly better.
 """
 
 from __future__ import annotations

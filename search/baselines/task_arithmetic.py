@@ -1,17 +1,30 @@
-"""Task arithmetic at a few scales (Ilharco 2023, https://arxiv.org/abs/2212.04089)."""
+"""Task arithmetic, addition: base + scale * sum of task vectors (Ilharco 2023, https://arxiv.org/abs/2212.04089)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from search.baseline import Generation0, Proposal
+from pydantic import Field
+
+from search.baseline import BaselineOptions, Generation0, Proposal
 from search.recipe import Rule
+from search.scales import Scales
 
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def PLUGIN(known: Generation0) -> Iterator[Proposal | None]:  # noqa: N802 - the name that registries look for
-    """Sum of all task vectors, at seven scales."""
-    for scale in SCALES:
-        rule = Rule(operator="task_arithmetic", sources={source: {"weight": scale} for source in known.sources})
-        yield Proposal(f"task_arithmetic {scale:g}", rule, dict.fromkeys(known.sources, scale))
+class TaskArithmetic:
+    """Sum of all task vectors, at every scale."""
+
+    class Options(BaselineOptions):
+        """Options of `task_arithmetic`."""
+
+        scales: Scales = Field(SCALES, description="weights of the task vectors; paper: 0, 0.05 ... 1")
+
+    def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
+        for scale in known.options.scales:
+            rule = Rule(operator="task_arithmetic", sources={source: {"weight": scale} for source in known.sources})
+            yield Proposal(f"task_arithmetic {scale:g}", rule, dict.fromkeys(known.sources, scale))
+
+
+PLUGIN = TaskArithmetic()

@@ -12,14 +12,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from search.checkpoints.byte_progress import ByteProgress
+from search.checkpoints.adapter_facts import adapter_facts
+from search.checkpoints.byte_progress import Advance, ByteProgress
 from search.checkpoints.fingerprint_cache import read_cache, write_cache
 from search.checkpoints.header import TensorInfo, cannot_read, damage, quoted, read_header
 from search.checkpoints.tensor_bytes import dtype_name, tensor_bytes
@@ -81,7 +82,7 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
-class _Digest:
+class TensorDigest:
     """Hash and non-finite elements of one tensor."""
 
     sha256: str
@@ -91,6 +92,8 @@ class _Digest:
 
 def fingerprint(checkpoint: Checkpoint, cache: bool = True, report: Callable[[str], None] | None = None) -> Fingerprint:
     """Hash a checkpoint's tensors and look for NaN and infinity in them.
+
+    An adapter that knows its base hashes to what stands for both.
 
     Args:
         cache: whether a file with known path, size and times may be taken from the cache of this user
@@ -102,36 +105,53 @@ def fingerprint(checkpoint: Checkpoint, cache: bool = True, report: Callable[[st
     """
     progress = ByteProgress(f"hashing {checkpoint.folder}", checkpoint.nbytes, report)
     known = read_cache() if cache else {}
-    digests: dict[str, _Digest] = {}
+    digests: dict[str, TensorDigest] = {}
     fresh: dict[str, Any] = {}
     for file in checkpoint.files:
         tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file == file]
-        identity = _identity(file)
+        identity = file_identity(file)
         if read_header(file) != {tensor.name: tensor for tensor in tensors}:
             raise damage(file, "was changed since it was opened", "start again")
         key = str(file.resolve())
-        found = _from_cache(known.get(key), identity, tensors)
+        found = digests_from_cache(known.get(key), identity, tensors)
         if found is None:
             found = _digest_file(tensors, progress)
-            if _identity(file) != identity:
+            if file_identity(file) != identity:
                 raise damage(file, "was changed while it was read", "wait until it is written")
-            fresh[key] = {
-                "identity": identity,
-                "tensors": {name: [one.sha256, one.nans, one.infinities] for name, one in found.items()},
-            }
+            fresh[key] = cache_entry(identity, found)
         else:
             progress.advance(sum(tensor.nbytes for tensor in tensors))
         digests |= found
     if cache and fresh:
         write_cache(fresh)
+    own = fingerprint_of(checkpoint, digests)
+    if checkpoint.base is None:
+        return own
+    return adapted_fingerprint(own, fingerprint(checkpoint.base, cache, report))
+
+
+def fingerprint_of(checkpoint: Checkpoint, digests: Mapping[str, TensorDigest]) -> Fingerprint:
+    """The fingerprint of a checkpoint from those of all its tensors; of an adapter, that of the adapter alone."""
     bad = [name for name in sorted(digests) if digests[name].nans or digests[name].infinities]
+    sha256 = combine_hashes((t.name, t.dtype, t.shape, digests[t.name].sha256) for t in checkpoint.tensors.values())
+    if checkpoint.kind == "adapter":
+        sha256 = _hash_of(["adapter", adapter_facts(checkpoint.config), sha256])
     return Fingerprint(
-        combine_hashes((t.name, t.dtype, t.shape, digests[t.name].sha256) for t in checkpoint.tensors.values()),
+        sha256,
         tuple(bad),
         sum(one.nans for one in digests.values()),
         sum(one.infinities for one in digests.values()),
         str(checkpoint.tensors[bad[0]].file) if bad else "",
     )
+
+
+def adapted_fingerprint(adapter: Fingerprint, base: Fingerprint) -> Fingerprint:
+    """What stands for the model that an adapter makes of its base; NaN are told of the adapter alone."""
+    return replace(adapter, sha256=_hash_of(["adapted", adapter.sha256, base.sha256]))
+
+
+def _hash_of(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_non_finite(name: str, fingerprint: Fingerprint) -> None:
@@ -163,15 +183,15 @@ def combine_hashes(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> 
     return hashed.hexdigest()
 
 
-def _digest_file(tensors: list[TensorInfo], progress: ByteProgress) -> dict[str, _Digest]:
+def _digest_file(tensors: list[TensorInfo], progress: ByteProgress) -> dict[str, TensorDigest]:
     """Hash the tensors of one file in parallel; hashlib and numpy let go of the interpreter meanwhile."""
     largest_first = sorted(tensors, key=lambda tensor: -tensor.nbytes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        found = threads.map(lambda tensor: _digest(tensor, progress), largest_first)
+        found = threads.map(lambda tensor: digest_tensor(tensor, progress), largest_first)
         return {tensor.name: digest for tensor, digest in zip(largest_first, found, strict=True)}
 
 
-def _digest(tensor: TensorInfo, progress: ByteProgress) -> _Digest:
+def digest_tensor(tensor: TensorInfo, progress: Advance) -> TensorDigest:
     """Read with `readinto`, not through a mapping: a file that shrinks is an error here, not a SIGBUS."""
     sha256, left = hashlib.sha256(), tensor.nbytes
     buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))
@@ -194,7 +214,7 @@ def _digest(tensor: TensorInfo, progress: ByteProgress) -> _Digest:
                 progress.advance(len(chunk))
     except OSError as error:
         raise cannot_read(tensor.file, error) from error
-    return _Digest(sha256.hexdigest(), nans, infinities)
+    return TensorDigest(sha256.hexdigest(), nans, infinities)
 
 
 def count_non_finite(chunk: memoryview, dtype: str) -> tuple[int, int]:
@@ -211,7 +231,7 @@ def count_non_finite(chunk: memoryview, dtype: str) -> tuple[int, int]:
     return count - infinite, infinite
 
 
-def _identity(file: Path) -> list[int]:
+def file_identity(file: Path) -> list[int]:
     """Size and times of a file. The change time also shows a rewrite that puts the old mtime back."""
     try:
         status = file.stat()
@@ -220,12 +240,18 @@ def _identity(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _from_cache(entry: Any, identity: list[int], tensors: list[TensorInfo]) -> dict[str, _Digest] | None:
+def cache_entry(identity: list[int], digests: Mapping[str, TensorDigest]) -> dict[str, Any]:
+    """What the cache keeps of a file with this identity."""
+    tensors = {name: [one.sha256, one.nans, one.infinities] for name, one in digests.items()}
+    return {"identity": identity, "tensors": tensors}
+
+
+def digests_from_cache(entry: Any, identity: list[int], tensors: list[TensorInfo]) -> dict[str, TensorDigest] | None:
     """What the cache knows of a file, or None. The cache is a convenience: whatever looks odd is ignored."""
     try:
         found = entry["tensors"]
         if entry["identity"] != identity or found.keys() != {tensor.name for tensor in tensors}:
             return None
-        return {name: _Digest(str(sha), int(nan), int(inf)) for name, (sha, nan, inf) in found.items()}
+        return {name: TensorDigest(str(sha), int(nan), int(inf)) for name, (sha, nan, inf) in found.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

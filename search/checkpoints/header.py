@@ -176,12 +176,14 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
     first = file.read(8)
     if first == b"version ":
         raise damage(path, "is a Git LFS pointer, not the weights", "run `git lfs pull` in its repository")
-    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+    length = int.from_bytes(first, "little")
+    # A header of 640 or 1152 bytes also begins with the bytes of a pickle, but then zeros follow.
+    pickled = first.startswith((b"\x80\x02", b"\x80\x04")) and length > HEADER_LIMIT_BYTES
+    if pickled or first.startswith(b"PK\x03\x04"):
         found = "is a PyTorch pickle under the name of a safetensors file, and pickle is never loaded"
         raise damage(path, found, "convert the model with save_pretrained(safe_serialization=True)")
     if len(first) < 8:
         raise damage(path, f"has {len(first)} bytes, the length of the header alone takes 8")
-    length = int.from_bytes(first, "little")
     if not 2 <= length <= HEADER_LIMIT_BYTES:
         found = f"absurd header length of {length} bytes, expected 2 to {HEADER_LIMIT_BYTES}"
         raise damage(path, found, "is this a safetensors file? If so, copy or download it again")

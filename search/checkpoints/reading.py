@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from search.checkpoints.header import (
     HEADER_LIMIT_BYTES,
@@ -43,22 +43,28 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CONVERT = "convert it once: from_pretrained(...).save_pretrained(folder, safe_serialization=True)"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose files are whole, as far as their headers show.
+    """A model folder, or that of a LoRA adapter, whose files are whole as far as their headers show.
 
     Attributes:
         folder: absolute path.
-        config: content of `config.json`.
+        config: content of `config.json`, or of `adapter_config.json`.
         tensors: tensor name -> where it lies, sorted by name, however the folder is sharded.
+        kind: what the folder holds.
+        base: the model that an adapter is applied to, once that is known.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    kind: Literal["model", "adapter"] = "model"
+    base: Checkpoint | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,22 +83,21 @@ class Checkpoint:
         return str(names[0]) if isinstance(names, list) and names else None
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
     """The checkpoint in a folder, or under a hub id, with everything checked that headers can show.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors` or its sharded form, or a model id of
-            the Hugging Face hub, which is downloaded (safetensors, JSON and tokenizer files only).
+        path: a folder with `config.json` and `model.safetensors` or its sharded form, or with
+            `adapter_config.json` and `adapter_model.safetensors`, or an id of the Hugging Face hub, which
+            is downloaded (safetensors, JSON and tokenizer files only).
+        revision: commit, tag or branch of a hub id.
 
     Raises:
         CheckpointError: nothing there, not a model, or damaged; one line that names the file.
     """
-    folder = find_model_folder(path)
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder}: is a LoRA adapter (adapter_config.json), which is not yet supported as a source; "
-            "merge it into its base first: PeftModel.merge_and_unload(), then save_pretrained"
-        )
+    folder = find_model_folder(path, revision)
+    if (folder / ADAPTER_CONFIG).exists():
+        return _open_adapter(folder)
     if not (folder / "config.json").exists():
         inside = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
         hint = f"did you mean {folder / inside[-1]}?" if inside else "give the folder that save_pretrained wrote"
@@ -107,6 +112,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{folder}: its weights hold no tensor at all; save the model again")
     return Checkpoint(folder, config, tensors)
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    """The adapter in a folder. Trainers put the config of its base beside it, but not its weights."""
+    weights = next((name for name in (WEIGHTS, INDEX) if (folder / name).exists()), None)
+    if weights is not None:
+        raise CheckpointError(
+            f"{folder}: has both {ADAPTER_CONFIG} and {weights}, so it could be an adapter or a model; "
+            "put each into a folder of its own"
+        )
+    config = _read_object(folder / ADAPTER_CONFIG, json.loads)
+    if not isinstance(config.get("peft_type"), str):
+        raise damage(
+            folder / ADAPTER_CONFIG, "names no peft_type, expected one such as 'LORA'", "save the adapter again"
+        )
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        pickles = sorted(entry.name for entry in folder.glob("adapter_model.*"))
+        found = f"only {pickles[0]}, and pickle is never loaded" if pickles else f"no {ADAPTER_WEIGHTS}"
+        raise CheckpointError(
+            f"{folder}: is an adapter with {found}; save it again with save_pretrained(folder, safe_serialization=True)"
+        )
+    return Checkpoint(folder, config, read_header(folder / ADAPTER_WEIGHTS), kind="adapter")
 
 
 def _read_object(path: Path, parse: Any) -> dict[str, Any]:

@@ -13,17 +13,23 @@ from torch import Tensor
 
 from search.errors import RecipeError, nearest
 from search.grouping import depths
-from search.merge.check import BoundRule, bind_rules
+from search.merge.check import BoundRule, bind_rule, check_common
 from search.merge.inputs import RecentValues, Scratch, TensorInputs
-from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS, ROW_ELEMENTS
+from search.merge.kernels import Mode, chosen_mode, gpu
+from search.merge.kernels.native import NativeMerge, Stored, plan
+from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS, ROW_ELEMENTS, Apply
 from search.merge.prepared import Prepared, PreparedFolder
 from search.merge.sources import TensorSource
 from search.merge.tensor_checks import MERGED_DTYPES, check_dtypes, check_shapes, copy_identical
-from search.merge.writing import version_of, write_range
-from search.recipe import Recipe
+from search.merge.weighted_sums import WeightedSum
+from search.merge.writing import count_write, version_of, write_range
+from search.recipe import Recipe, Value
 
 CACHED_VALUES = 1 << 16
 """Thresholds and norms kept between candidates; each takes about 200 bytes."""
+
+KNOWN_RULES = 1 << 12
+"""Checked rules kept between candidates."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,16 @@ class MergeStats:
 
 
 class _Written(NamedTuple):
-    """What a target holds. The tensor is kept, so that its memory cannot become another one's."""
+    """What a target holds, and where. The tensor is kept, so that its memory cannot become another one's."""
 
     fingerprint: tuple[object, ...]
     target: Tensor
+    place: tuple[object, ...]
     version: int
+
+
+def _place_of(target: Tensor) -> tuple[object, ...]:
+    return target.data_ptr(), target.shape, target.stride(), target.dtype, target.device
 
 
 class Merger:
@@ -62,6 +73,8 @@ class Merger:
         statistics: model name -> its statistics, tensors named `kind/tensor`.
         keep_prepared: whether what operators prepare is kept for the next merge; a single merge lets go
             of it tensor by tensor.
+        dtypes: tensors of the output -> dtype, where it is not that in which the donor's tensor is given.
+        kernels: `torch` for plain torch alone; by default what `MEIOSIS_KERNELS` says. The bits are the same.
     """
 
     def __init__(
@@ -75,6 +88,8 @@ class Merger:
         names: Iterable[str] | None = None,
         statistics: Mapping[str, TensorSource] | None = None,
         keep_prepared: bool = True,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        kernels: Mode | None = None,
     ) -> None:
         self._models = dict(models)
         self._names = {model: frozenset(source.names) for model, source in self._models.items()}
@@ -84,12 +99,16 @@ class Merger:
         self._identity = dict(identity or {})
         self._output_names = None if names is None else tuple(names)
         self._statistics = dict(statistics or {})
+        self._dtypes = dict(dtypes or {})
         self._keep_prepared = keep_prepared
+        self._kernels = chosen_mode() if kernels is None else kernels
         self._depth_of: Mapping[str, float] = {}
         self._scratch = Scratch()
-        self._cache = RecentValues(CACHED_VALUES)
+        self._caches: dict[tuple[str, str | None], RecentValues] = {}
         self._prepared: dict[tuple[object, ...], Prepared] = {}
         self._written: dict[str, _Written] = {}
+        self._bound = RecentValues(KNOWN_RULES)
+        self._assigned: tuple[tuple[object, ...], dict[str, int]] = ((), {})
 
     def merge_into(self, recipe: Recipe, targets: Mapping[str, Tensor]) -> MergeStats:
         """Write the merge into given tensors, leaving alone those that hold it already.
@@ -105,19 +124,22 @@ class Merger:
         began = time.perf_counter()
         rules = self._assign(recipe, targets)
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+        fingerprints = {id(rule): (*rule.fingerprint, dtype) for rule in {id(r): r for r in rules.values()}.values()}
         written = bytes_read = 0
         with torch.no_grad():
             for name, rule in rules.items():
-                fingerprint = (*rule.fingerprint, dtype)
+                fingerprint = fingerprints[id(rule)]
                 if self._holds(name, fingerprint, targets[name]):
                     continue
                 self._written.pop(name, None)  # a merge that fails half-way leaves nothing to trust
                 bytes_read += self._merge(name, rule, targets[name], dtype)
                 written += 1
-                self._written[name] = _Written(fingerprint, targets[name], 0)
+                self._written[name] = _Written(fingerprint, targets[name], _place_of(targets[name]), -2)
             # Views of one parameter count their writes together, so versions are taken at the end.
-            for name in rules:
-                self._written[name] = self._written[name]._replace(version=version_of(targets[name]))
+            for name in rules if written else ():
+                version = version_of(targets[name])
+                if self._written[name].version != version:
+                    self._written[name] = self._written[name]._replace(version=version)
         return MergeStats(written, len(rules) - written, time.perf_counter() - began, bytes_read)
 
     def merge_tensors(self, recipe: Recipe, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -135,7 +157,8 @@ class Merger:
         for name in wanted:
             like = self._get(recipe.donor if name in self._names[recipe.donor] else rules[name].sources[0], name)
             keep = dtype is None or not like.dtype.is_floating_point
-            merged = torch.empty(like.shape, dtype=like.dtype if keep else dtype, device=self._device)
+            stored = self._dtypes.get(name, like.dtype) if keep else dtype
+            merged = torch.empty(like.shape, dtype=stored, device=self._device)
             with torch.no_grad():
                 self._merge(name, rules[name], merged, None)
             yield name, merged
@@ -146,7 +169,7 @@ class Merger:
 
     def _assign(self, recipe: Recipe, names: Iterable[str]) -> dict[str, BoundRule]:
         """Tensor name -> checked rule, for `names`, in the order of the donor."""
-        bound = bind_rules(recipe)
+        rules = self._bind(recipe)
         for model, ref in recipe.models.items():
             held = self._identity.get(self._known(model))
             if held is not None and ref.sha256 is not None and held != ref.sha256:
@@ -154,14 +177,36 @@ class Merger:
                     f"models.{model}.sha256: the recipe wants the weights {ref.sha256[:12]}, "
                     f"those here are {held[:12]}; point it at the model it was made from"
                 )
+        wanted = tuple(names)
+        key = (recipe.donor, wanted, *(rule.tensors for rule in recipe.rules))
+        if key != self._assigned[0]:
+            self._assigned = (key, self._rules_of(recipe, wanted))
+        return {name: rules[index] for name, index in self._assigned[1].items()}
+
+    def _rules_of(self, recipe: Recipe, wanted: tuple[str, ...]) -> dict[str, int]:
+        """Tensor name -> number of its rule, for `wanted`, in the order of the donor."""
         position = {id(rule): index for index, rule in enumerate(recipe.rules)}
         known = self._names_of(recipe)
         assigned = recipe.assign(known)
-        wanted = set(names)
-        unknown = sorted(wanted - set(known))
+        asked = set(wanted)
+        unknown = sorted(asked - set(known))
         if unknown:
             raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], known)}")
-        return {name: bound[position[id(rule)]] for name, rule in assigned.items() if name in wanted}
+        return {name: position[id(rule)] for name, rule in assigned.items() if name in asked}
+
+    def _bind(self, recipe: Recipe) -> list[BoundRule]:
+        """The rules, checked. Those that an earlier recipe had are known: most candidates change few."""
+        check_common(recipe)
+        statistics = sorted((name, ref.statistics or "") for name, ref in recipe.models.items())
+        common = (recipe.base, recipe.seed, recipe.compute, recipe.input_dtype, *statistics)
+        rules = []
+        for index, rule in enumerate(recipe.rules):
+            sources = tuple((source, _values(values)) for source, values in rule.sources.items())
+            key = (common, rule.operator, sources, _values(rule.parameters))
+            if key not in self._bound:
+                self._bound[key] = bind_rule(recipe, index)
+            rules.append(self._bound[key])
+        return rules
 
     def _names_of(self, recipe: Recipe) -> tuple[str, ...]:
         """The tensors of the output, in order."""
@@ -174,11 +219,7 @@ class Merger:
         return (
             last is not None
             and last.fingerprint == fingerprint
-            and last.target.data_ptr() == target.data_ptr()
-            and last.target.shape == target.shape
-            and last.target.stride() == target.stride()
-            and last.target.dtype == target.dtype
-            and last.target.device == target.device
+            and last.place == _place_of(target)
             and last.version == version_of(target)
         )
 
@@ -194,16 +235,36 @@ class Merger:
         prepared = self._prepare(name, rule, tensors, device)
         inputs = self._inputs(name, rule, rule.sources, tensors, device)
         apply = rule.operator.bind(inputs, prepared, rule.per_source, rule.shared)
-        rounded = dtype is not None and dtype not in (target.dtype, inputs.dtype)
-        direct = target.dtype == inputs.dtype and target.is_contiguous() and not rounded
-        for block in inputs.blocks():
-            if direct:
-                apply(block, target.view(-1)[block.start : block.stop])
-                continue
-            out = inputs.output(block.stop - block.start)
-            apply(block, out)
-            write_range(target, block.start, out.to(dtype) if rounded else out)
+        if not self._merge_at_once(apply, inputs, target, dtype):
+            _merge_by_blocks(apply, inputs, target, dtype, widens=rule.operator.widens)
         return inputs.bytes_read
+
+    def _merge_at_once(self, apply: Apply, inputs: TensorInputs, target: Tensor, dtype: torch.dtype | None) -> bool:
+        """Merge by a kernel that reads the sources as they are stored, if there is one for this."""
+        if inputs.stored is None or inputs.dtype == torch.float64 or inputs.device.type not in ("cpu", "cuda"):
+            return False
+        stored = Stored(*inputs.stored)
+        narrow = inputs.dtype != torch.float32  # `compute: inputs`
+        if narrow and (not isinstance(apply, WeightedSum) or dtype not in (None, inputs.dtype)):
+            return False
+        rounded = inputs.dtype if narrow else dtype
+        kernel: NativeMerge | gpu.TritonMerge | None
+        if target.is_cuda:
+            kernel = gpu.plan(self._kernels, apply, stored, target.dtype, rounded, target.device)
+        else:
+            kernel = plan(self._kernels, apply, stored, target.dtype, rounded)
+        if kernel is None:
+            return False
+        inputs.count_bytes(*stored.sources, *(() if stored.base is None else (stored.base,)))
+        if target.is_contiguous():
+            kernel.write(0, inputs.numel, target)
+            count_write(target)
+            return True
+        for start, stop in inputs.ranges():
+            out = self._scratch.get("kernel output", target.dtype, inputs.device, stop - start)
+            kernel.write(start, stop, out)
+            write_range(target, start, out)
+        return True
 
     def _inputs(
         self,
@@ -225,12 +286,18 @@ class Merger:
             device=device,
             block_elements=rows * ROW_ELEMENTS,
             scratch=self._scratch,
-            cache=self._cache,
+            cache=self._cache_of(rule),
             compute=rule.compute,
             input_dtype=None if rule.input_dtype is None else getattr(torch, rule.input_dtype),
             depth=self._depths(rule.models[-1]).get(name),
+            kernels=self._kernels,
             statistics=lambda kind, index: self._statistic(f"{kind}/{name}", sources[index]),
         )
+
+    def _cache_of(self, rule: BoundRule) -> RecentValues:
+        if not self._keep_prepared:  # some values are as large as the tensor
+            return RecentValues(CACHED_VALUES)
+        return self._caches.setdefault((rule.compute, rule.input_dtype), RecentValues(CACHED_VALUES))
 
     def _depths(self, model: str) -> Mapping[str, float]:
         """Where tensors stand in their stack of layers, by name, for the output or else one of the models."""
@@ -254,6 +321,8 @@ class Merger:
                 sets: list[tuple[str, ...]] = [(source,) for source in rule.sources]
             case "all_sources":
                 sets = [rule.sources]
+        if rule.operator.preparation_optional and not self._keep_prepared:
+            return ({},) * len(sets)
         prepared = []
         for sources in sets:
             key = (rule.name, sources, rule.base, rule.compute, rule.input_dtype)
@@ -282,17 +351,16 @@ class Merger:
             "compute": rule.compute,
             "input_dtype": rule.input_dtype,
             "statistics": [self._identity.get(f"{source}.statistics") for source in sources],
+            **({} if device.type == "cpu" else {"device": device.type}),  # decompositions differ in their last bits
         }
 
-        def compute() -> Prepared:
-            prepared: Prepared = {}
+        def compute() -> Iterator[tuple[str, dict[str, Tensor]]]:
             shared = set.intersection(*(set(self._names[model]) for model in models))
             for name in (name for name in self._models[sources[0]].names if name in shared):
                 tensors = {model: self._get(model, name) for model in models}
                 mergeable = all(tensor.dtype in MERGED_DTYPES for tensor in tensors.values())
                 if mergeable and len({tensor.shape for tensor in tensors.values()}) == 1:
-                    prepared[name] = rule.operator.prepare(self._inputs(name, rule, sources, tensors, device))
-            return prepared
+                    yield name, rule.operator.prepare(self._inputs(name, rule, sources, tensors, device))
 
         return self._folder.load(facts, compute)
 
@@ -308,3 +376,23 @@ class Merger:
                 "take that tensor by a rule of its own from models that have it"
             )
         return self._models[model].get(name)
+
+
+def _values(values: Mapping[str, Value]) -> tuple[object, ...]:
+    """Equal for the same values of the same types: 1 is not True."""
+    return tuple((name, type(value), value) for name, value in values.items())
+
+
+def _merge_by_blocks(
+    apply: Apply, inputs: TensorInputs, target: Tensor, dtype: torch.dtype | None, *, widens: bool
+) -> None:
+    made = torch.promote_types(inputs.dtype, torch.float32) if widens else inputs.dtype
+    rounded = dtype is not None and dtype not in (target.dtype, made)
+    direct = target.dtype == made and target.is_contiguous() and not rounded
+    for block in inputs.blocks():
+        if direct:
+            apply(block, target.view(-1)[block.start : block.stop])
+            continue
+        out = inputs.output(block.stop - block.start, made)
+        apply(block, out)
+        write_range(target, block.start, out.to(dtype) if rounded else out)

@@ -59,19 +59,24 @@ def check_recipe(recipe: Recipe) -> None:
     """Raise `RecipeError` for the first thing that an operator or this version cannot carry out.
 
     Unknown operator or parameter (with the nearest name), value of the wrong kind or out of bounds,
-    missing value, too few or too many sources, a base that is needed and absent, a base that is also
-    a source where task vectors are taken, a dtype that is no floating point type.
+    missing value, values that do not go together, too few or too many sources, a base that is needed and
+    absent, a base that is also a source where task vectors are taken, a dtype that is no floating point type.
     """
     bind_rules(recipe)
 
 
 def bind_rules(recipe: Recipe) -> tuple[BoundRule, ...]:
     """The rules of a recipe in order, checked; see `check_recipe` for what is refused."""
+    check_common(recipe)
+    return tuple(bind_rule(recipe, index) for index in range(len(recipe.rules)))
+
+
+def check_common(recipe: Recipe) -> None:
+    """What concerns a recipe as a whole: names of models, dtypes."""
     recipe.check()
     for key, dtype in (("dtype", recipe.dtype), ("input_dtype", recipe.input_dtype)):
         if dtype is not None and dtype not in DTYPES:
             raise RecipeError(f"{key}: '{dtype}' is not one of {', '.join(DTYPES)}{_hint(dtype)}")
-    return tuple(_bind(recipe, rule, f"rules[{index}]") for index, rule in enumerate(recipe.rules))
 
 
 def _hint(dtype: str) -> str:
@@ -79,7 +84,9 @@ def _hint(dtype: str) -> str:
     return hint if "did you mean" in hint else ""
 
 
-def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
+def bind_rule(recipe: Recipe, index: int) -> BoundRule:
+    """One rule of a recipe, checked; which tensors it is for plays no part."""
+    rule, where = recipe.rules[index], f"rules[{index}]"
     try:
         operator = OPERATORS.get(rule.operator)
     except UserError as error:
@@ -103,6 +110,8 @@ def _bind(recipe: Recipe, rule: Rule, where: str) -> BoundRule:
         per_source.append(_complete(_scope(known.values(), "source"), given, rule.operator, place))
     given_shared = {name: value for name, value in rule.parameters.items() if known[name].scope == "shared"}
     shared = _complete(_scope(known.values(), "shared"), given_shared, rule.operator, f"{where}.parameters")
+    if (fault := operator.check(dict(zip(sources, per_source, strict=True)), shared)) is not None:
+        raise RecipeError(f"{where}: operator '{rule.operator}': {fault}")
     uses_base = operator.uses_base(shared)
     _check_base(recipe, rule, uses_base, where)
     return BoundRule(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from search.merge.kernels import Mode
 from search.merge.operator import ROW_ELEMENTS, Block
 
 
@@ -67,6 +68,7 @@ class TensorInputs:
         compute, input_dtype: as in the recipe.
         depth: 0 in the first layer to 1 in the last, None outside.
         statistics: (kind, index of the source) -> what is known about its tensor.
+        kernels: which kernels passes over the sources may use.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class TensorInputs:
         input_dtype: torch.dtype | None = None,
         statistics: Callable[[str, int], Tensor | None] = lambda kind, index: None,
         depth: float | None = None,
+        kernels: Mode = "auto",
     ) -> None:
         self.name, self.models, self.base, self.seed, self.device, self.cache = (
             name,
@@ -97,13 +100,14 @@ class TensorInputs:
         )
         self.shape = tuple(sources[0].shape)
         every = [*sources] if base_tensor is None else [*sources, base_tensor]
+        self.compute = compute
         self._rounding = input_dtype
         dtypes = [tensor.dtype for tensor in every] if input_dtype is None else [input_dtype]
         if compute == "inputs":
             self.dtype = functools.reduce(torch.promote_types, dtypes)
         else:
             self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.statistics, self.depth = statistics, depth
+        self.statistics, self.depth, self.kernels = statistics, depth, kernels
         self.bytes_read = 0
         self._flat = [tensor.reshape(-1) for tensor in sources]
         self._flat_base = None if base_tensor is None else base_tensor.reshape(-1)
@@ -115,9 +119,13 @@ class TensorInputs:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def blocks(self) -> Iterator[Block]:
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of all blocks, in order."""
         for start in range(0, self.numel, self._step):
-            stop = min(start + self._step, self.numel)
+            yield start, min(start + self._step, self.numel)
+
+    def blocks(self) -> Iterator[Block]:
+        for start, stop in self.ranges():
             yield Block(
                 start,
                 stop,
@@ -133,9 +141,21 @@ class TensorInputs:
     def scratch(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
         return self._scratch.get(f"operator {key}", dtype or self.dtype, self.device, self._step)
 
-    def output(self, elements: int) -> Tensor:
+    def output(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Where a block of the output goes that cannot be computed in its place."""
-        return self._scratch.get("output", self.dtype, self.device, self._step)[:elements]
+        return self._scratch.get("output", dtype, self.device, self._step)[:elements]
+
+    @property
+    def stored(self) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+        """The sources and the base, flat, for who reads them as they are stored; None where they are rounded first."""
+        every = self._flat if self._flat_base is None else [*self._flat, self._flat_base]
+        if self._rounding is not None and any(tensor.dtype != self._rounding for tensor in every):
+            return None
+        return tuple(self._flat), self._flat_base
+
+    def count_bytes(self, *tensors: Tensor) -> None:
+        """Note that these were read by other ways than `blocks`."""
+        self.bytes_read += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _read(self, key: str, flat: Tensor, start: int, stop: int) -> Tensor:
         part = self._counted(flat[start:stop])

@@ -52,7 +52,7 @@ class LiveModel:
         patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
         self._ignored = re.compile("|".join(f"({pattern})" for pattern in sorted(patterns)))
 
-    def targets(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def targets(self, names: Iterable[str], *, tied: bool = False) -> dict[str, Tensor]:
         """Checkpoint tensor -> the live tensor, or the view into one, that holds it.
 
         Writing into the values writes the model. Tensors that the class does not use are left out, and
@@ -60,6 +60,7 @@ class LiveModel:
 
         Args:
             names: all tensor names of the checkpoint.
+            tied: whether names that share memory with another are given too.
 
         Raises:
             CheckpointError: a tensor has no place that can be written, or a part of the model would keep
@@ -77,13 +78,17 @@ class LiveModel:
                 )
         order = {owner: index for index, owner in enumerate(self._live)}
         targets: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
         memory: dict[tuple[object, ...], str] = {}
         for name, place in sorted(placed.items(), key=lambda item: order[item[1].owner]):
             owner = self._live[place.owner]
             view = owner.as_strided(place.shape, place.stride, owner.storage_offset() + place.offset)
             if memory.setdefault((view.data_ptr(), place.shape, place.stride), name) == name or not view.numel():
                 targets[name] = view
+            elif tied:
+                shared[name] = view
         self._check_coverage({name: placed[name] for name in targets})
+        targets |= shared
         return {name: targets[name] for name in placed if name in targets}
 
     def check_holds(self, source: TensorSource) -> None:
@@ -123,12 +128,27 @@ class LiveModel:
                 )
 
 
-def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | None) -> LiveModel:
+class Instead(NamedTuple):
+    """What a model is made of where it is not what the files of its folder hold.
+
+    Attributes:
+        source: its tensors.
+        config: keys of its config with other values; None takes a key out.
+    """
+
+    source: TensorSource
+    config: Mapping[str, Any]
+
+
+def build_live_model(
+    folder: Path, *, device: str | torch.device, dtype: str | None, instead: Instead | None = None
+) -> LiveModel:
     """Load a checkpoint folder with the transformers class that its config names first.
 
     Args:
         device: where the model lives.
         dtype: of all its floating point weights; None for that of the checkpoint.
+        instead: tensors and keys of the config that take the place of those in the folder.
 
     Raises:
         CheckpointError: no config, a class that transformers does not have (code that comes with a
@@ -141,8 +161,9 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
     with _quiet(transformers.utils.logging):
         try:
             model, report = model_class.from_pretrained(
-                folder,
+                folder if instead is None else None,
                 dtype=wanted,
+                **({} if instead is None else _made_of(model_class, folder, instead, dtype)),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -160,6 +181,18 @@ def build_live_model(folder: Path, *, device: str | torch.device, dtype: str | N
         )
     model.requires_grad_(False)
     return LiveModel(model.to(device).eval(), report["unexpected_keys"])
+
+
+def _made_of(model_class: Any, folder: Path, instead: Instead, dtype: str | None) -> dict[str, Any]:
+    """What `from_pretrained` takes in place of a folder. Tensors are copied: those of files must not be written."""
+    config = json.loads((folder / "config.json").read_text()) | dict(instead.config)
+    config = {key: value for key, value in config.items() if value is not None or key not in instead.config}
+    wanted = None if dtype is None else getattr(torch, dtype)
+    state = {}
+    for name in instead.source.names:
+        tensor = instead.source.get(name)
+        state[name] = tensor.to(wanted if tensor.is_floating_point() else None, copy=True)
+    return {"config": model_class.config_class.from_dict(config), "state_dict": state}
 
 
 def _needs_library(place: Path, name: str, error: ImportError) -> CheckpointError:

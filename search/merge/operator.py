@@ -86,6 +86,8 @@ class Inputs(Protocol):
     dtype: torch.dtype
     """What to compute in: float32, or float64 when an input is stored in that. Where the recipe says
     `compute: inputs`, what torch promotes the inputs to."""
+    compute: Literal["float32", "inputs"]
+    """As in the recipe: `inputs` asks for the numbers of mergekit."""
     device: torch.device
     depth: float | None
     """Where the tensor stands in the model: 0 in the first layer, 1 in the last of its stack, None outside
@@ -121,7 +123,7 @@ class Inputs(Protocol):
 
 
 class Apply(Protocol):
-    """Writes one block of the output (`Inputs.dtype`). Called for every block once, in order."""
+    """Writes one block of the output (`Inputs.dtype`, or wider: `Operator.widens`). Called once a block, in order."""
 
     def __call__(self, block: Block, out: Tensor) -> None: ...
 
@@ -138,9 +140,12 @@ class Operator(ABC):
         needs_base: whether task vectors are always taken against `recipe.base`.
         min_sources, max_sources: how many sources it takes, the base not counted.
         draws: whether `Inputs.seed` matters.
+        widens: whether `Apply` writes float32 where `Inputs.dtype` has 16 bits.
         statistics: kind of statistics that every source must come with (`models.NAME.statistics`), if any.
         prepares: what `prepare` is called for: once for every source with that source alone, which
             serves all sets it appears in, or once for every set of sources.
+        preparation_optional: whether `bind` also does with empty mappings for what `prepare` returns; a single
+            merge then prepares nothing.
         prepared_version: raise it when `prepare` returns something else than before, so that files on
             disk are not mistaken.
     """
@@ -152,13 +157,24 @@ class Operator(ABC):
     min_sources: ClassVar[int] = 1
     max_sources: ClassVar[int | None] = None
     draws: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
     statistics: ClassVar[str | None] = None
     prepares: ClassVar[Prepares] = "nothing"
+    preparation_optional: ClassVar[bool] = False
     prepared_version: ClassVar[int] = 1
 
     def uses_base(self, shared: Mapping[str, Any]) -> bool:
         """Whether the base is read with these shared parameters; for methods that may go with or without one."""
         return self.needs_base
+
+    def check(self, per_source: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> str | None:
+        """Why parameters do not go together that are each within their bounds, and what to do; None where they do.
+
+        Args:
+            per_source: source -> its parameters, in the operator's order, complete with defaults.
+            shared: complete with defaults.
+        """
+        return None
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         """Small CPU tensors that depend on the sources alone; may be empty. No seed, no parameters."""
@@ -178,6 +194,6 @@ class Operator(ABC):
             inputs: the tensor; more passes over it are allowed where the method needs them.
             prepared: what `prepare` returned for this tensor: nothing, one mapping per source, or one
                 mapping for all sources, as `prepares` says.
-            per_source: one mapping per source, checked and complete with defaults.
-            shared: checked and complete with defaults.
+            per_source: one mapping per source, complete with defaults; passed `check`.
+            shared: complete with defaults; passed `check`.
         """

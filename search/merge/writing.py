@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def version_of(tensor: Tensor) -> int:
     """How often the tensor's memory was written through torch; tensors of inference mode do not say."""
     return -1 if tensor.is_inference() else int(tensor._version)
+
+
+def count_write(tensor: Tensor) -> None:
+    """Let torch know that the tensor's memory was written by others than torch."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def write_range(target: Tensor, start: int, values: Tensor) -> None:

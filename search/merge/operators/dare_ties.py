@@ -22,10 +22,21 @@ class DareTies(Operator):
     source = "Yu 2024, Language models are super Mario, https://arxiv.org/abs/2311.03099"
     parameters: ClassVar = (
         Parameter("weight", "source", "float", None, "weight of the task vector", search=(0.0, 1.5, 0.5)),
-        Parameter("density", "source", "float", 1.0, "probability of keeping an element", 0.0, 1.0, (0.1, 1.0, 0.7)),
+        Parameter(
+            "density",
+            "source",
+            "float",
+            1.0,
+            "probability of keeping an element",
+            0.0,
+            1.0,
+            (0.1, 1.0, 0.7),
+            step=1 / 1024,
+        ),
         Parameter("normalize", "shared", "bool", False, "divide by the weights that agree, per element"),
         Parameter("rescale", "shared", "bool", True, "give masked task vectors their L1 norm back"),
         Parameter("lambda", "shared", "float", 1.0, "factor of the merged task vector"),
+        Parameter("int8_mask", "shared", "bool", False, "accepted, changes nothing"),
     )
     needs_base = True
     draws = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from search.merge.operator import Apply, Block, Inputs, Operator, Parameter
+from search.merge.operator import Apply, Inputs, Operator, Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Linear(Operator):
     """sum_i w_i x_i, over sum_i w_i if `normalize` (Wortsman 2022, https://arxiv.org/abs/2203.05482).
 
-    Products are added by fused multiply-add in the order of the sources. Weights that sum to 0 with
-    `normalize` on give tensors that are not finite.
+    Products are added by fused multiply-add in the order of the sources. With `normalize`, weights that
+    sum to 0 are refused.
     """
 
     help = "weighted average of the models (soup)"
@@ -25,6 +25,11 @@ class Linear(Operator):
         Parameter("normalize", "shared", "bool", True, "divide by the sum of the weights"),
     )
     needs_base = False
+
+    def check(self, per_source: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> str | None:
+        from search.merge.parameter_faults import zero_sum_fault
+
+        return zero_sum_fault(per_source) if shared["normalize"] else None
 
     def bind(
         self,
@@ -36,20 +41,11 @@ class Linear(Operator):
         import torch
 
         from search.merge.inputs import sum_of_weights
+        from search.merge.weighted_sums import WeightedSum
 
-        weights = [float(values["weight"]) for values in per_source]
-        normalize = bool(shared["normalize"])
-        # A tensor, because CUDA divides by a Python number with its rounded reciprocal.
-        total = torch.tensor(sum_of_weights(weights, inputs.dtype), dtype=inputs.dtype, device=inputs.device)
-
-        def apply(block: Block, out: Tensor) -> None:
-            torch.mul(block.sources[0], weights[0], out=out)
-            for values, weight in zip(block.sources[1:], weights[1:], strict=True):
-                out.add_(values, alpha=weight)
-            if normalize:
-                out.div_(total)
-
-        return apply
+        weights = tuple(float(values["weight"]) for values in per_source)
+        total = sum_of_weights(weights, torch.float64 if inputs.dtype == torch.float64 else torch.float32)
+        return WeightedSum(inputs, weights, total if shared["normalize"] else None, fused=True)
 
 
 PLUGIN = Linear()

@@ -18,8 +18,11 @@ class TaskArithmetic(Operator):
     source = "Ilharco 2023, Editing models with task arithmetic, https://arxiv.org/abs/2212.04089"
     parameters: ClassVar = (
         Parameter("weight", "source", "float", None, "weight of the task vector", search=(0.0, 1.5, 0.5)),
+        Parameter("density", "source", "float", 1.0, "accepted, changes nothing", 0.0, 1.0),
         Parameter("normalize", "shared", "bool", False, "divide by the sum of the weights"),
         Parameter("lambda", "shared", "float", 1.0, "factor of the summed task vectors"),
+        Parameter("rescale", "shared", "bool", False, "accepted, changes nothing"),
+        Parameter("int8_mask", "shared", "bool", False, "accepted, changes nothing"),
     )
     needs_base = True
 

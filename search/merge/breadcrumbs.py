@@ -1,0 +1,88 @@
+"""Task vectors without their smallest and their largest elements, as Model Breadcrumbs merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.merge.operator import Block, Inputs
+from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts
+from search.merge.task_vectors import Trim, drop_all, keep_all
+
+
+def count_magnitudes(inputs: Inputs, index: int = 0) -> dict[str, Tensor]:
+    """What `trims` needs of one source: a table of its magnitudes."""
+    return count(inputs, lambda block: _magnitudes(inputs, block, index))
+
+
+def kept_ranks(size: int, density: float, gamma: float) -> tuple[int, int]:
+    """Ranks of the kept magnitudes, ascending from 0: from the first up to, but without, the second.
+
+    floor(density size) are kept, below the floor(gamma size) largest or else, where there are not
+    enough, from the smallest on.
+    """
+    kept = min(int(density * size), size)
+    low = max(0, size - kept - int(gamma * size))
+    return low, low + kept
+
+
+def trims(
+    inputs: Inputs, prepared: Sequence[Mapping[str, Tensor]], per_source: Sequence[Mapping[str, Any]]
+) -> tuple[list[Trim], list[object]]:
+    """One trim per source, and what each depends on beyond tensor, base and model."""
+    ranks = [kept_ranks(inputs.numel, float(v["density"]), float(v["gamma"])) for v in per_source]
+    return [_trim(inputs, prepared[i], i, *r) for i, r in enumerate(ranks)], [("breadcrumbs", *r) for r in ranks]
+
+
+def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, high: int) -> Trim:
+    if low == high:
+        return drop_all
+    if high - low == inputs.numel:
+        return keep_all
+    place = ("breadcrumbs", inputs.name, inputs.base, inputs.models[index], inputs.dtype)
+    missing = [rank for rank in (low, high) if (*place, rank) not in inputs.cache]
+    found: dict[int, Cut] = cuts(inputs, lambda block: _magnitudes(inputs, block, index), table, missing)
+    for rank in missing:
+        inputs.cache[*place, rank] = found[rank]
+    lower, upper = (found[rank] if rank in found else inputs.cache[*place, rank] for rank in (low, high))
+    if inputs.compute == "inputs" and any(cut.index for cut in (lower, upper) if cut != NOTHING):
+        return _by_sorting(inputs, index, low, high)
+
+    def trim(delta: Tensor, start: int) -> None:
+        for cut, drops_above in ((lower, False), (upper, True)):
+            if cut in (EVERYTHING, NOTHING):
+                continue
+            split = min(max(cut.index - start, 0), delta.numel())
+            for part, bound in ((delta[:split], cut.value), (delta[split:], _below(cut.value, delta.dtype))):
+                above = torch.hardshrink(part, bound)  # quicker than what goes through bools
+                part.copy_(part.sub_(above) if drops_above else above)
+
+    return trim
+
+
+def _below(value: float, dtype: torch.dtype) -> float:
+    """The number of `dtype` before a positive one; 0 for 0."""
+    number = torch.tensor(value, dtype=dtype)
+    return float(torch.nextafter(number, torch.zeros((), dtype=dtype)))
+
+
+def _by_sorting(inputs: Inputs, index: int, low: int, high: int) -> Trim:
+    # Which of equal magnitudes stay is up to torch's sort, here as in mergekit.
+    blocks = [_magnitudes(inputs, block, index).to(torch.float32, copy=True) for block in inputs.blocks()]
+    magnitudes = torch.cat(blocks)
+    dropped = torch.ones(inputs.numel, dtype=torch.bool, device=inputs.device)
+    dropped[magnitudes.argsort()[low:high]] = False
+
+    def trim(delta: Tensor, start: int) -> None:
+        delta.masked_fill_(dropped[start : start + delta.numel()], 0.0)
+
+    return trim
+
+
+def _magnitudes(inputs: Inputs, block: Block, index: int) -> Tensor:
+    assert block.base is not None
+    magnitudes = inputs.scratch("magnitudes")[: block.stop - block.start]
+    return torch.sub(block.sources[index], block.base, out=magnitudes).abs_()

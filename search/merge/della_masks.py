@@ -1,0 +1,71 @@
+"""Random masks that keep an element the likelier, the larger it is among those of its row (DELLA)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from search.merge.masks import LEVELS, CounterMask
+from search.merge.operator import Inputs
+from search.merge.rows import row_chunks
+from search.merge.task_vectors import Trim, keep_all, rescaled_factors
+
+
+def probabilities(columns: int, density: float, epsilon: float) -> Tensor:
+    """(columns,) float64: the probability of being kept, from the smallest magnitude of a row to the largest.
+
+    density - epsilon to density + epsilon in even steps (Deep 2024, https://arxiv.org/abs/2406.11617); in a row
+    of one element, the density.
+    """
+    if columns == 1:
+        return torch.tensor([density], dtype=torch.float64)
+    return density - epsilon + 2.0 * epsilon * torch.arange(columns, dtype=torch.float64) / (columns - 1)
+
+
+def drop_by_magnitude(
+    inputs: Inputs, per_source: Sequence[Mapping[str, Any]], rescale: bool
+) -> tuple[list[Trim], list[float]]:
+    """One trim per source, and the weights times the factors that give task vectors their L1 norms back."""
+    trims: list[Trim] = []
+    keys: list[object] = []
+    for index, values in enumerate(per_source):
+        density, epsilon = float(values["density"]), float(values["epsilon"])
+        trims.append(keep_all if density >= 1.0 else _Mask(inputs, index, density, epsilon))
+        keys.append(("della", inputs.seed, density, epsilon))
+    weights = [float(values["weight"]) for values in per_source]
+    return trims, rescaled_factors(inputs, weights, trims, keys, rescale)
+
+
+class _Mask:
+    """Zeroes the elements whose uniform number, that of `search.merge.masks`, is not below their probability."""
+
+    def __init__(self, inputs: Inputs, index: int, density: float, epsilon: float) -> None:
+        self._numbers = CounterMask(inputs, inputs.models[index], density)
+        self._levels = _levels(inputs, index, density, epsilon)
+
+    def __call__(self, delta: Tensor, start: int) -> None:
+        drawn = self._numbers.draw(delta.numel(), start)
+        delta.masked_fill_(drawn >= self._levels[start : start + delta.numel()], 0.0)
+
+
+def _levels(inputs: Inputs, index: int, density: float, epsilon: float) -> Tensor:
+    """(numel,) int32: the probability of every element, in units of 1 / LEVELS.
+
+    Rows are along the second axis; a vector is one row. Among equal magnitudes the later is the larger.
+    """
+    source, base = inputs.whole(index), inputs.whole(None)
+    shape = source.shape
+    if source.dim() < 2:
+        source, base = source.reshape(1, -1), base.reshape(1, -1)
+    moved = source.movedim(1, -1).shape
+    source, base = (values.movedim(1, -1).reshape(-1, moved[-1]) for values in (source, base))
+    rows, columns = source.shape
+    by_rank = (probabilities(columns, density, epsilon) * LEVELS).round_().to(torch.int32).to(inputs.device)
+    levels = torch.empty(rows, columns, dtype=torch.int32, device=inputs.device)
+    for chunk in row_chunks(rows, columns):
+        order = (source[chunk] - base[chunk]).abs_().argsort(dim=1, stable=True)
+        levels[chunk] = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, by_rank.expand(order.shape))
+    return levels.view(moved).movedim(-1, min(1, len(shape) - 1) if len(shape) > 1 else -1).reshape(-1)

@@ -1,0 +1,1 @@
+"""Soups whose weights are learned by gradient."""

@@ -1,0 +1,62 @@
+"""The sweep of a method that trims task vectors: densities at one lambda, then other lambdas at the best density."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, create_model
+
+from search.baseline import BaselineOptions, Generation0, Proposal, best_of
+from search.recipe import Rule
+from search.scales import Distinct
+
+
+class SweepOptions(BaselineOptions):
+    """Options of `ties` and `dare_ties`."""
+
+    densities: Distinct = Field(description="shares of a task vector that are kept")
+    lambdas: Distinct = Field((1.0,), description="factors on the merged task vector, such as [0.5, 1, 1.5]")
+    grid: bool = Field(False, description="every density with every lambda, not only the best density")
+
+
+class TiesSweep:
+    """A baseline that merges all sources with equal weights by one operator.
+
+    Args:
+        operator: its name, and that of the baseline.
+        densities: those that are tried by default.
+    """
+
+    def __init__(self, operator: str, densities: tuple[float, ...]) -> None:
+        self._operator = operator
+        self.Options: type[SweepOptions] = create_model(
+            "SweepOptions",
+            __base__=SweepOptions,
+            densities=(Distinct, Field(densities, description=SweepOptions.model_fields["densities"].description)),
+        )
+
+    def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
+        options = known.options
+        first = 1.0 if 1.0 in options.lambdas else options.lambdas[0]
+        labels = {self._label(density, first): density for density in options.densities}
+        for density in options.densities:
+            yield self._proposal(known, density, first)
+        densities = options.densities
+        if not options.grid:
+            if len(options.lambdas) == 1:
+                return
+            best = yield from best_of(known, list(labels))
+            densities = (labels[best],)
+        for density in densities:
+            for scale in options.lambdas:
+                if scale != first:
+                    yield self._proposal(known, density, scale)
+
+    def _label(self, density: float, scale: float) -> str:
+        return f"{self._operator} {density:g}" + ("" if scale == 1.0 else f" x{scale:g}")
+
+    def _proposal(self, known: Generation0, density: float, scale: float) -> Proposal:
+        sources = {source: {"weight": 1.0, "density": density} for source in known.sources}
+        parameters = {} if scale == 1.0 else {"lambda": scale}
+        rule = Rule.model_validate({"operator": self._operator, "sources": sources, "parameters": parameters})
+        return Proposal(self._label(density, scale), rule)
