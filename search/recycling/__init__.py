@@ -1,0 +1,1 @@
+"""Recycling: the weights of an older model initialise another architecture or a larger size."""
