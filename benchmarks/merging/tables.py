@@ -1,0 +1,169 @@
+"""The tables of `benchmarks/merge.py` as Markdown and Parquet."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from merging.mergekit_peer import Peer
+
+from search.merge.kernels import description
+
+Rows = Sequence[Mapping[str, Any]]
+MIB = 2**20
+
+
+def write_tables(
+    shots: Rows, held: Rows, changed: Rows, huge: Rows, peer: Peer, *, memory_bandwidth: float, threads: int, out: Path
+) -> None:
+    """Write `merge.md` and `merge.parquet`.
+
+    Args:
+        shots, held, changed, huge: rows of the one-shot, resident, incremental and 8 B parts.
+        memory_bandwidth: bytes per second, reads and writes counted.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    command = " ".join(["python", "benchmarks/merge.py", *sys.argv[1:]])
+    parameters = max((row["parameters"] for row in shots), default=0) / 1e6
+    lines = [
+        "# Speed of merges",
+        "",
+        f"{machine()}. torch {torch.__version__}, safetensors {version('safetensors')}, "
+        f"{peer.version or f'mergekit: {peer.missing}'}; {threads} threads. Remake with `{command}`.",
+        "",
+        f"Copy bandwidth in this run: memory {memory_bandwidth / 1e9:.1f} GB/s (reads and writes), "
+        f"`cp` of files {_disk(shots, 'copy_s')}, until they are on the disk {_disk(shots, 'copy_synced_s')}.",
+        "",
+        "## One-shot: checkpoints on disk",
+        "",
+        f"Llama-like models of {parameters:.0f} million parameters, the same merge file for both tools, files in the "
+        "page cache.",
+        "",
+        "- `copy`: `cp` of all inputs and of a file of the output's size until all of it is on the disk, as our output "
+        "is when the command ends; the ratio in brackets is to `cp` as it returns.",
+        "- `first` hashes all sources and looks for NaN on the way, `again` finds that in the cache.",
+        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / first is of whole "
+        "processes, in brackets without the start of both.",
+        "- `peak`: the kernel's maximum resident size, mapped pages included; `private`: sampled memory that no file "
+        "backs.",
+        "",
+        *one_shot_table(shots),
+        "",
+        "## Resident: into memory, as a search merges",
+        "",
+        *resident_table(held),
+        "",
+        *(giant_table(huge) if huge else ["8 B parameters in bfloat16 on one GPU: not measured (needs `--giant`)."]),
+        *([] if torch.cuda.is_available() else ["", "Not measured on a GPU."]),
+        "",
+        "## Incremental: one gene of 64",
+        "",
+        "| operator | device | all groups, ms | one group, ms | times cheaper |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for row in changed:
+        full, one = row["full_s"], row["one_gene_s"]
+        lines.append(f"| {row['operator']} | {row['device']} | {full * 1e3:.2f} | {one * 1e3:.2f} | {full / one:.0f} |")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "merge.md").write_text("\n".join(lines) + "\n")
+    parts = (("one-shot", shots), ("resident", held), ("incremental", changed), ("giant", huge))
+    rows = [{"part": part, **row} for part, found in parts for row in found]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
+    pyarrow.parquet.write_table(table, out / "merge.parquet")
+    print(out / "merge.md")
+
+
+def one_shot_table(rows: Rows) -> list[str]:
+    """The one-shot part in Markdown: no absolute time without its ratio."""
+    lines = [
+        "| dtype | method | models | copy, s | first, s | first / copy | again, s | again / copy | start, s | "
+        "mergekit, s | mergekit / first | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        copy = row["copy_synced_s"]
+        cells = [row["dtype"], row["method"], str(row["models"]), f"{copy:.2f}"]
+        for name in ("first", "again"):
+            seconds = row[f"{name}_s"]
+            both = [row[f"{name}_failed"], ""] if seconds is None else [f"{seconds:.2f}", _ratio(seconds, row)]
+            cells += both
+        cells.append("" if row["start_s"] is None else f"{row['start_s']:.2f}")
+        theirs, ours = row.get("mergekit_s"), row["first_s"]
+        cells += [
+            row.get("mergekit_failed", "") if theirs is None else f"{theirs:.2f}",
+            "" if theirs is None or ours is None else f"{theirs / ours:.1f} ({_work(row, 'mergekit'):.1f})",
+        ]
+        for name in ("first", "mergekit"):
+            cells += [
+                f"{row[f'{name}_{kind}'] / MIB:.0f}" if f"{name}_peak" in row else "" for kind in ("peak", "private")
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _work(row: Mapping[str, Any], name: str) -> float:
+    """mergekit's time over ours, both without the start of the process."""
+    ours = max(1e-3, row["first_s"] - (row["start_s"] or 0.0))
+    return max(0.0, row[f"{name}_s"] - (row[f"{name}_start_s"] or 0.0)) / ours
+
+
+def _ratio(seconds: float, row: Mapping[str, Any]) -> str:
+    """Time beyond the start of the process over the copy: until on disk, and until `cp` returned."""
+    work = max(0.0, seconds - (row["start_s"] or 0.0))
+    return f"{work / row['copy_synced_s']:.2f} ({work / row['copy_s']:.2f})"
+
+
+def resident_table(rows: Rows) -> list[str]:
+    """The resident part in Markdown: milliseconds and how many times the floor that is."""
+    lines = [
+        "The floor is (reads + 1 write) at the copy bandwidth, measured right before each row. "
+        f"CPU kernels: {description()}.",
+        "",
+        "| operator | sources | dtype | device | threads | changed | copy, GB/s | ms | times the floor |",
+        "|---|--:|---|---|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        speed = row["floor_bytes"] / row["floor_seconds"] / 1e9
+        lines.append(
+            f"| {row['operator']} | {row['sources']} | {row['dtype']} | {row['device']} | {row['threads']} | "
+            f"{row['changed']} | {speed:.1f} | {row['seconds'] * 1e3:.2f} | {row['ratio']:.2f} |"
+        )
+    return lines
+
+
+def giant_table(rows: Rows) -> list[str]:
+    """8 B parameters: the time, with its multiple of the floor."""
+    lines = ["8 B parameters, bfloat16, three sources:", "", "| operator | ms | times the floor |", "|---|--:|--:|"]
+    for row in rows:
+        cells = f"{row['seconds'] * 1e3:.1f} | {row['seconds'] / row['floor_seconds']:.2f}" if not row["failed"] else ""
+        lines.append(f"| {row['operator']} | {cells or row['failed'] + ' | '} |")
+    return lines
+
+
+def _disk(rows: Rows, key: str) -> str:
+    """Bytes copied (written) per second, the median over the rows."""
+    speeds = [
+        (row["models"] + 1) * row["parameters"] * getattr(torch, row["dtype"]).itemsize / row[key] for row in rows
+    ]
+    return f"{statistics.median(speeds) / 1e9:.2f} GB/s" if speeds else "not measured"
+
+
+def machine() -> str:
+    """What was measured on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {gpu}"
