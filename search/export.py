@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from search.errors import MeiosisError, RecipeError
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
 from search.merge.statistics import open_statistics, with_statistics_from
-from search.merge_plan import MergePlan, output_layout, plan_merge
+from search.merge_plan import HashState, MergePlan, output_layout, plan_merge
 from search.model_card import model_card
 from search.recipe import Recipe
 from search.sources import check_models, open_models, open_sources
@@ -72,6 +72,7 @@ def dry_run(
     overwrite: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    hash_models: bool = False,
 ) -> MergePlan:
     """What `merge_recipe` would do; reads headers, writes nothing.
 
@@ -82,10 +83,15 @@ def dry_run(
     check_target(Path(out).resolve(), overwrite)
     ready = prepare_merge(recipe, folder=folder, dtype=dtype)
     opened = open_sources(ready.checkpoints, ready.recipe)
-    with SourceHashes(ready.checkpoints, (), threads=0) as hashes:
+    with SourceHashes(ready.checkpoints, (), (), threads=0) as hashes:
         known = hashes.known()
     _with_hashes(ready.recipe, ready.checkpoints, known)
-    plan = plan_merge(ready.recipe, ready.checkpoints, opened, max_shard_bytes, {name: True for name in known})
+    wanted = _to_hash(ready.recipe, hash_models)
+    states: dict[str, HashState] = {
+        name: "known" if name in known else "to be taken" if name in wanted else "not asked for"
+        for name in ready.recipe.models
+    }
+    plan = plan_merge(ready.recipe, ready.checkpoints, opened, max_shard_bytes, states)
     check_space(Path(out).resolve(), plan.bytes_written)
     return plan
 
@@ -100,6 +106,7 @@ def merge_recipe(
     device: str = "cpu",
     max_shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
+    hash_models: bool = False,
     meter: Meter | None = None,
 ) -> Path:
     """Carry out a recipe from a file, without a search, in one pass over the models.
@@ -112,6 +119,8 @@ def merge_recipe(
         dtype: of the output, instead of the recipe's.
         device: where to merge, or `auto`.
         max_shard_bytes: size of the files of the output.
+        hash_models: whether the recipe beside the output says which bytes every model had; of a model whose hash
+            the recipe has, or that the cache of this user knows, it does in any case.
         threads: of arithmetic and of hashing; by default what torch chose, and as many as there are cores.
         meter: told how far it is.
 
@@ -126,7 +135,8 @@ def merge_recipe(
         ready.checkpoints,
         out,
         lambda known: {"README.md": model_card(known, ready.checkpoints[known.donor])},
-        hash_sources=True,
+        check_sources=True,
+        hashed=_to_hash(ready.recipe, hash_models),
         overwrite=overwrite,
         device=device,
         max_shard_bytes=max_shard_bytes,
@@ -186,7 +196,8 @@ def write_merge(
     out: Path,
     extra_files: Callable[[Recipe], Mapping[str, str]],
     *,
-    hash_sources: bool = False,
+    check_sources: bool = False,
+    hashed: Collection[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     max_shard_bytes: int = SHARD_BYTES,
@@ -198,8 +209,9 @@ def write_merge(
 
     Args:
         extra_files: makes the files beside model and recipe, of the recipe with all hashes.
-        hash_sources: whether the models are hashed and checked for NaN while they are merged, and compared
-            with the hashes that the recipe has; False where that was done before.
+        check_sources: whether the models are looked through for NaN while they are merged, and compared with
+            the hashes that the recipe has; False where that was done before.
+        hashed: of which of them the hash is wanted.
     """
     import torch
 
@@ -211,13 +223,13 @@ def write_merge(
     layout = output_layout(recipe, recipe_of, opened)
     names = [planned.name for planned in layout]
     files = [file for checkpoint in recipe_of.values() for file in checkpoint.files]
-    to_hash = recipe_of if hash_sources else {}
-    with SourceHashes(to_hash, names, threads or len(os.sched_getaffinity(0))) as hashes:
+    to_hash = recipe_of if check_sources else {}
+    with SourceHashes(to_hash, names, hashed, threads or len(os.sched_getaffinity(0))) as hashes:
         _with_hashes(recipe, to_hash, hashes.known())
         merger = Merger(
             opened.tensors,
             device=_device(device),
-            identity={} if hash_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+            identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
             names=opened.names,
             statistics=opened.statistics,
             dtypes=opened.dtypes(recipe.donor),
@@ -261,13 +273,21 @@ def write_merge(
         )
 
 
+def _to_hash(recipe: Recipe, every: bool) -> tuple[str, ...]:
+    """Models whose content must be known: to be recorded, or compared with what the recipe or statistics say."""
+    return tuple(name for name, ref in recipe.models.items() if every or ref.sha256 or ref.statistics)
+
+
 def _with_hashes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], prints: Mapping[str, Fingerprint]) -> Recipe:
     """The recipe as it goes with the model: relative paths start at the file that has them, so they are absolute.
 
     Raises:
         RecipeError: a model is not the one that the recipe wants, or statistics are not those of the model.
     """
-    models = dict(recipe.models)
+    models = {
+        name: ref.model_copy(update={"path": str(checkpoints[name].folder)}) if name in checkpoints else ref
+        for name, ref in recipe.models.items()
+    }
     for name, found in prints.items():
         wanted, folder = recipe.models[name].sha256, checkpoints[name].folder
         if wanted is not None and wanted != found.sha256:
@@ -277,7 +297,7 @@ def _with_hashes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], prints: 
             )
         if (statistics := models[name].statistics) is not None:
             open_statistics(Path(statistics), model=name, model_sha256=found.sha256)
-        models[name] = models[name].model_copy(update={"path": str(folder), "sha256": found.sha256})
+        models[name] = models[name].model_copy(update={"sha256": found.sha256})
     return recipe.model_copy(update={"models": models})
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from search.checkpoints.header import TensorInfo, is_floating
 from search.checkpoints.reading import Checkpoint
@@ -20,15 +21,19 @@ SCRATCH_BYTES = 64 << 20
 """Buffers of blocks, at most."""
 
 
+HashState = Literal["known", "to be taken", "not asked for"]
+"""Of the content hash of a model: the cache has it, the merge takes it, or neither."""
+
+
 @dataclass(frozen=True)
 class PlannedModel:
-    """One model of a plan. `dtype` is that of most of its bytes; `hash_known` is whether hashing it is spared."""
+    """One model of a plan. `dtype` is that of most of its bytes."""
 
     name: str
     folder: Path
     nbytes: int
     dtype: str
-    hash_known: bool
+    hash: HashState
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class MergePlan:
         operators: name -> number of output tensors.
         shards: bytes of the tensors of every file.
         bytes_read: of the sources, each tensor once for every rule that reads it.
-        bytes_hashed: of models that the cache of fingerprints does not know.
+        bytes_hashed: of models whose hash is to be taken.
         peak_bytes: estimate of the private memory beside that of Python and torch, for operators that go
             block by block.
         peak_bytes_whole: the same for operators that need whole matrices of all models, such as those with
@@ -85,12 +90,12 @@ def plan_merge(
     checkpoints: Mapping[str, Checkpoint],
     opened: OpenedSources,
     max_shard_bytes: int,
-    hash_known: Mapping[str, bool],
+    hashes: Mapping[str, HashState],
 ) -> MergePlan:
     """The plan of a merge whose recipe fits its models.
 
     Args:
-        hash_known: model name -> whether the cache has its fingerprint.
+        hashes: of every model.
     """
     layout = output_layout(recipe, checkpoints, opened)
     rules = recipe.assign([planned.name for planned in layout])
@@ -102,17 +107,16 @@ def plan_merge(
         # Three on their way to the file and one in the making.
         blocks = max(blocks, 4 * planned.nbytes)
         whole = max(whole, 4 * planned.nbytes + 2 * len(models) * 4 * math.prod(planned.shape))
-    known = [
-        PlannedModel(name, one.folder, one.nbytes, _main_dtype(one), hash_known.get(name, False))
-        for name, one in checkpoints.items()
-    ]
+    planned_models = tuple(
+        PlannedModel(name, one.folder, one.nbytes, _main_dtype(one), hashes[name]) for name, one in checkpoints.items()
+    )
     return MergePlan(
-        models=tuple(known),
+        models=planned_models,
         operators=dict(Counter(rules[planned.name].operator for planned in layout)),
         tensors=len(layout),
         shards=tuple(sum(planned.nbytes for planned in shard) for shard in split(layout, max_shard_bytes)),
         bytes_read=bytes_read,
-        bytes_hashed=sum(model.nbytes for model in known if not model.hash_known),
+        bytes_hashed=sum(model.nbytes for model in planned_models if model.hash == "to be taken"),
         peak_bytes=blocks + SCRATCH_BYTES,
         peak_bytes_whole=whole + SCRATCH_BYTES,
     )

@@ -258,7 +258,13 @@ def test_shards_threads_and_dtype_change_what_they_say_and_nothing_else(models: 
     assert json.loads((models / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_recipe_beside_the_model_has_the_hashes_of_its_sources(models: Path) -> None:
+def test_the_recipe_beside_the_model_has_the_hashes_of_its_sources_where_they_are_asked_for_or_known(
+    models: Path,
+) -> None:
+    assert meiosis("merge", recipe_file(models), models / "plain").status == 0
+    written = yaml.safe_load((models / "plain" / "recipe.yaml").read_text())
+    assert written["models"] == {name: {"path": str(models / name)} for name in "ab"}
+    assert meiosis("merge", recipe_file(models), models / "hashed", "--hash").status == 0
     assert meiosis("merge", recipe_file(models), models / "out").status == 0
     written = yaml.safe_load((models / "out" / "recipe.yaml").read_text())
     assert {n: m["sha256"] for n, m in written["models"].items()} == {n: sha256(models / n) for n in "ab"}
@@ -291,13 +297,18 @@ def test_hashing_beside_the_merge_gives_the_fingerprints(threads: int, shards: b
     checkpoints = {name: open_checkpoint(models / name) for name in ("a", "c" if shards else "b")}
     order = list(checkpoints["a"].tensors)
     shutil.rmtree(models / "cache", ignore_errors=True)
-    with SourceHashes(checkpoints, order, threads) as hashes:
+    with SourceHashes(checkpoints, order, ["a"], threads) as hashes:
+        for name in order:
+            hashes.merging(name)
+        assert hashes.finish() == {"a": fingerprint(checkpoints["a"], cache=False)}
+    shutil.rmtree(models / "cache", ignore_errors=True)
+    with SourceHashes(checkpoints, order, checkpoints, threads) as hashes:
         assert hashes.known() == {}
         for name in order:
             hashes.merging(name)
         found = hashes.finish()
     assert found == {name: fingerprint(checkpoint, cache=False) for name, checkpoint in checkpoints.items()}
-    with SourceHashes(checkpoints, order, threads) as hashes:
+    with SourceHashes(checkpoints, order, (), threads) as hashes:
         assert hashes.known() == found
         assert hashes.nbytes == 0
 
@@ -321,13 +332,17 @@ def test_a_dry_run_tells_the_plan_and_touches_nothing(models: Path) -> None:
     assert plan["tensors"] == 24
     assert plan["operators"] == {"slerp": 1, "linear": 23}
     assert (plan["bytes_written"], plan["bytes_read"]) == (24 * tensor * 2, 24 * tensor * 4 * 2)
-    assert plan["bytes_hashed"] == 2 * 24 * tensor * 4
+    assert plan["bytes_hashed"] == 0
     assert plan["shards"] == [12 * tensor * 2] * 2
-    assert [(m["name"], m["dtype"], m["hash_known"]) for m in plan["models"]] == [
-        ("a", "float32", False),
-        ("b", "float32", False),
+    assert [(m["name"], m["dtype"], m["hash"]) for m in plan["models"]] == [
+        ("a", "float32", "not asked for"),
+        ("b", "float32", "not asked for"),
     ]
-    assert meiosis("merge", recipe, models / "out", "--dtype", "bfloat16", "--shard-size", "100kB").status == 0
+    hashing = meiosis("merge", recipe, models / "out", "--dry-run", "--json", "--hash").json
+    assert hashing["bytes_hashed"] == 2 * 24 * tensor * 4
+    assert {m["hash"] for m in hashing["models"]} == {"to be taken"}
+    options = ["--dtype", "bfloat16", "--shard-size", "100kB", "--hash"]
+    assert meiosis("merge", recipe, models / "out", *options).status == 0
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in sorted((models / "out").glob("*.safetensors"))]
     assert sizes == plan["shards"]
     ended = meiosis("merge", recipe, models / "again", "--dry-run")

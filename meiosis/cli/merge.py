@@ -42,6 +42,9 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option("--device", default="cpu", show_default=True, help="Where to merge: cpu, cuda, cuda:1, auto.")
 @click.option("--shard-size", callback=_bytes, default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; by default one for every core the process may use.")
+@click.option(
+    "--hash", "hash_models", is_flag=True, help="Hash the models, so that the recipe in OUT says which bytes they had."
+)
 @push_options
 @json_option
 @debug_option
@@ -54,6 +57,7 @@ def command(
     device: str,
     shard_size: int,
     threads: int | None,
+    hash_models: bool,
     push: str | None,
     private: bool,
     as_json: bool,
@@ -73,7 +77,15 @@ def command(
     read = read_recipe(recipe, note)
     where = recipe.resolve().parent
     if dry_run:
-        plan = export.dry_run(read, folder, folder=where, overwrite=overwrite, dtype=dtype, max_shard_bytes=shard_size)
+        plan = export.dry_run(
+            read,
+            folder,
+            folder=where,
+            overwrite=overwrite,
+            dtype=dtype,
+            max_shard_bytes=shard_size,
+            hash_models=hash_models,
+        )
         if as_json:
             print_json({**asdict(plan), "bytes_written": plan.bytes_written})
         else:
@@ -89,6 +101,7 @@ def command(
             device=device,
             max_shard_bytes=shard_size,
             threads=threads or len(os.sched_getaffinity(0)),
+            hash_models=hash_models,
             meter=meter,
         )
     from search.gguf import gguf_ready
@@ -112,8 +125,7 @@ def _show(plan: MergePlan, folder: Path) -> None:
     for column in ("model", "folder", "size", "dtype", "hash"):
         table.add_column(column, justify="right" if column == "size" else "left", overflow="fold")
     for model in plan.models:
-        known = "known" if model.hash_known else "to be taken"
-        table.add_row(model.name, str(model.folder), _size(model.nbytes), model.dtype, known)
+        table.add_row(model.name, str(model.folder), _size(model.nbytes), model.dtype, model.hash)
     console = out()
     console.print(table)
     operators = ", ".join(f"{name} {count}" for name, count in plan.operators.items())

@@ -83,7 +83,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """Hash and non-finite elements of one tensor."""
+    """Hash (empty if it was not asked for) and non-finite elements of one tensor."""
 
     sha256: str
     nans: int = 0
@@ -191,8 +191,11 @@ def _digest_file(tensors: list[TensorInfo], progress: ByteProgress) -> dict[str,
         return {tensor.name: digest for tensor, digest in zip(largest_first, found, strict=True)}
 
 
-def digest_tensor(tensor: TensorInfo, progress: Advance) -> TensorDigest:
-    """Read with `readinto`, not through a mapping: a file that shrinks is an error here, not a SIGBUS."""
+def digest_tensor(tensor: TensorInfo, progress: Advance, *, hashed: bool = True) -> TensorDigest:
+    """Hash and count one tensor, or only count it, which is several times faster.
+
+    Read with `readinto`, not through a mapping: a file that shrinks is an error here, not a SIGBUS.
+    """
     sha256, left = hashlib.sha256(), tensor.nbytes
     buffer = memoryview(bytearray(min(CHUNK_BYTES, left)))
     nans = infinities = 0
@@ -207,14 +210,15 @@ def digest_tensor(tensor: TensorInfo, progress: Advance) -> TensorDigest:
                     if not got:
                         raise damage(tensor.file, "became shorter while it was read")
                     filled += got
-                sha256.update(chunk)
+                if hashed:
+                    sha256.update(chunk)
                 nan, infinite = count_non_finite(chunk, tensor.dtype)
                 nans, infinities = nans + nan, infinities + infinite
                 left -= len(chunk)
                 progress.advance(len(chunk))
     except OSError as error:
         raise cannot_read(tensor.file, error) from error
-    return TensorDigest(sha256.hexdigest(), nans, infinities)
+    return TensorDigest(sha256.hexdigest() if hashed else "", nans, infinities)
 
 
 def count_non_finite(chunk: memoryview, dtype: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Fingerprints of the sources of a merge, taken by threads while the merge reads the same pages.
+"""The sources of a merge looked through by threads while the merge reads the same pages: finite, and which.
 
 So a model that does not fit into memory is read from its disk once. What the cache of fingerprints knows
 is not read at all.
@@ -43,14 +43,19 @@ class SourceHashes:
     Args:
         checkpoints: model name -> its checkpoint.
         order: tensors of the output, in the order in which they are merged.
+        hashed: models whose fingerprint is wanted; of the others only NaN and infinity are looked for, which
+            takes a fraction of the time. What the cache knows, it tells of all.
         threads: how many tensors are hashed at a time.
 
     Raises:
         CheckpointError: a file cannot be read, or changed since its checkpoint was opened.
     """
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], order: Iterable[str], threads: int) -> None:
+    def __init__(
+        self, checkpoints: Mapping[str, Checkpoint], order: Iterable[str], hashed: Iterable[str], threads: int
+    ) -> None:
         self._checkpoints = dict(checkpoints)
+        self._hashed = {path for name in hashed for path in _files_behind(self._checkpoints[name])}
         self._position = {name: position for position, name in enumerate(order)}
         self._digests: dict[Path, dict[str, TensorDigest]] = {}
         self._files: dict[Path, _File] = {}
@@ -94,7 +99,7 @@ class SourceHashes:
             self.finish()  # the message counts them all
 
     def finish(self) -> dict[str, Fingerprint]:
-        """Wait for the rest; model name -> fingerprint, all finite.
+        """Wait for the rest; model name -> fingerprint of those that were hashed or known, all finite.
 
         Raises:
             CheckpointError: a file changed meanwhile, or a model holds NaN or infinity.
@@ -110,10 +115,13 @@ class SourceHashes:
         for path, file in self._files.items():
             if file_identity(path) != file.identity:
                 raise damage(path, "was changed while it was read", "wait until it is written")
-            fresh[str(path.resolve())] = cache_entry(file.identity, self._digests[path])
+            if path in self._hashed:
+                fresh[str(path.resolve())] = cache_entry(file.identity, self._digests[path])
         if fresh:
             write_cache(fresh)
-        return {name: self._fingerprint(name) for name in self._checkpoints}
+        unhashed = self._files.keys() - self._hashed
+        found = {name: self._fingerprint(name) for name in self._checkpoints}  # refuses what is not finite
+        return {name: one for name, one in found.items() if not unhashed & _files_behind(self._checkpoints[name])}
 
     def known(self) -> dict[str, Fingerprint]:
         """The fingerprints that the cache had, at once.
@@ -172,7 +180,7 @@ class SourceHashes:
                     place = self._place(tensor)
                     while place > self._merged + AHEAD_TENSORS and not self._switch.stopped:
                         self._changed.wait()
-                digest = digest_tensor(tensor, self._switch)
+                digest = digest_tensor(tensor, self._switch, hashed=tensor.file in self._hashed)
                 self._digests[tensor.file][tensor.name] = digest
                 if digest.nans or digest.infinities:
                     self._non_finite = True
