@@ -14,7 +14,8 @@ from search.checkpoints.pages import drop_mapped_pages, return_large_blocks
 from search.checkpoints.reading import Checkpoint
 from search.checkpoints.shard_writer import SHARD_BYTES
 from search.checkpoints.source_hashes import SourceHashes
-from search.checkpoints.writing import check_space, check_target, write_checkpoint, written_sha256
+from search.checkpoints.writing import check_not_a_source, check_space, check_target, write_checkpoint, written_sha256
+from search.devices import usable_device
 from search.errors import MeiosisError, RecipeError
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
@@ -82,6 +83,7 @@ def dry_run(
     """
     check_target(Path(out).resolve(), overwrite)
     ready = prepare_merge(recipe, folder=folder, dtype=dtype)
+    check_not_a_source(out, ready.checkpoints)
     opened = open_sources(ready.checkpoints, ready.recipe)
     with SourceHashes(ready.checkpoints, (), (), threads=0) as hashes:
         known = hashes.known()
@@ -130,6 +132,7 @@ def merge_recipe(
     """
     check_target(Path(out).resolve(), overwrite)
     ready = prepare_merge(recipe, folder=folder, dtype=dtype)
+    check_not_a_source(out, ready.checkpoints)
     write_merge(
         ready.recipe,
         ready.checkpoints,
@@ -228,7 +231,7 @@ def write_merge(
         _with_hashes(recipe, to_hash, hashes.known())
         merger = Merger(
             opened.tensors,
-            device=_device(device),
+            device=usable_device(device),
             identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
             names=opened.names,
             statistics=opened.statistics,
@@ -299,11 +302,3 @@ def _with_hashes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], prints: 
             open_statistics(Path(statistics), model=name, model_sha256=found.sha256)
         models[name] = models[name].model_copy(update={"sha256": found.sha256})
     return recipe.model_copy(update={"models": models})
-
-
-def _device(name: str) -> str:
-    if name == "cpu":
-        return name
-    from search.evaluation import resolve_device
-
-    return resolve_device(name)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from search.checkpoints.fingerprint import fingerprint, hash_tensors
 from search.checkpoints.reading import Checkpoint, CheckpointTensors, open_checkpoint
 from search.checkpoints.shard_writer import Planned
+from search.checkpoints.staging import staging_folder
 from search.checkpoints.tensor_bytes import TORCH_NAMES, dtype_name
 from search.checkpoints.writing import write_checkpoint
 from search.errors import MeiosisError, UserError
@@ -451,3 +452,21 @@ def test_files_that_depend_on_the_tensors_are_made_after_them(donor: Checkpoint,
     with pytest.raises(ValueError, match="expected a plain file name"):
         write_checkpoint(TENSORS, donor, tmp_path / "bad", extra_files=lambda: {"../x": ""})
     assert names(tmp_path) == ["donor", "out"]
+
+
+def test_a_staging_folder_that_another_process_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, opened = [], os.open
+
+    def gone_once(path: Path, *rest: int, **more: int | None) -> int:
+        if not taken:
+            taken.append(path)
+            path.rmdir()
+        return opened(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", gone_once)
+    with staging_folder(tmp_path / "out") as folder:
+        assert folder.is_dir()
+        assert folder != taken[0]
+    assert names(tmp_path) == []

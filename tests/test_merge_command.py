@@ -29,11 +29,11 @@ SLOW_DISK = """
 import os, time
 write = os.pwrite
 def slow(descriptor, data, place):
-    time.sleep(0.05)
+    time.sleep(0.15)
     return write(descriptor, data, place)
 os.pwrite = slow
 """
-"""Put before a command: it stays in the middle of its work for a second or two."""
+"""Put before a command: it stays in the middle of its work for some seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -362,9 +362,14 @@ def test_mistakes_are_one_line_before_anything_is_read(option: tuple[str, ...], 
     recipe = recipe_file(models)
     assert "found '5 apples', expected a size" in refused(recipe, models / "out", "--shard-size", "5 apples")
     assert "did you mean 'bfloat16'" in refused(recipe, models / "out", "--dtype", "bfloat61")
+    for device in ("cud", "cuda:99", "meta"):
+        assert f"device '{device}': cannot be used here" in refused(recipe, models / "out", "--device", device)
+    assert "is a folder, expected a YAML file" in refused(models, models / "out")
     (models / "taken").mkdir()
     (models / "taken" / "thesis.txt").write_text("x")
     assert "is not empty" in refused(recipe, models / "taken")
+    (models / "a" / "meiosis.json").write_text("{}")
+    assert "is the model 'a' of this merge" in refused(recipe, models / "a", "--overwrite")
     (models / "b" / "model.safetensors").write_bytes(b"")
     assert "is empty (0 bytes)" in refused(recipe, models / "out")
     assert leftovers(models) == []

@@ -293,3 +293,6 @@ def test_the_command_converts_both_ways(tmp_path: Path, models: Path) -> None:
     taken = runner.invoke(cli, ["mergekit", str(tmp_path), "-o", str(tmp_path / "merge.yml")])
     assert isinstance(taken.exception, MeiosisError)
     assert "exists, and nothing is overwritten" in str(taken.exception)
+    nowhere = runner.invoke(cli, ["mergekit", str(tmp_path), "-o", str(tmp_path / "no" / "merge.yml")])
+    assert isinstance(nowhere.exception, MeiosisError)
+    assert "there is no folder" in str(nowhere.exception)

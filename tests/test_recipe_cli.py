@@ -125,6 +125,8 @@ def test_models_get_the_names_of_their_folders_or_their_own(family: Path) -> Non
         (["slerp", "{family}/python"], "SECOND"),
         (["add", "{family}/python"], "--base"),
         (["soup", "{family}/python", "-o", "{family}/no/such/r.yaml"], "there is no folder"),
+        (["soup", "{family}/python", "-o", "{family}/search.yaml/r.yaml"], "there is no folder"),
+        (["soup", "{family}/python", "-o", "{family}/data/cpp/search.jsonl"], "exists, and nothing is overwritten"),
         (["slerp", "{family}/python", "{family}/cpp", "--t", "nan"], "expected a finite number"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -324,3 +324,15 @@ def test_a_killed_build_leaves_nothing_that_looks_complete_and_the_next_one_work
     card = make_text_family(folder, report=lambda _: None, plan=TINY)
     assert card.files == file_hashes(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_the_example_recipe_merges_the_sample_models(family, tmp_path):
+    from search.export import merge_recipe
+    from search.recipe_file import read_recipe
+
+    (tmp_path / "samples").symlink_to(family[0].parent)  # the recipe goes by `../samples/text`
+    examples = tmp_path / "examples"
+    examples.mkdir()
+    recipe = read_recipe(Path(__file__).parent.parent / "examples" / "recipe.yaml")
+    merge_recipe(recipe, tmp_path / "merged", folder=examples)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -49,6 +49,32 @@ def note(line: str) -> None:
     click.echo(line, err=True)
 
 
+def check_new_file(path: Path | None) -> None:
+    """Raise `UserError` if a file cannot be made there, before any work for it is done; None is standard output."""
+    from evaluators.errors import UserError
+
+    if path is None:
+        return
+    if path.exists():
+        raise UserError(f"{path}: exists, and nothing is overwritten; choose another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def write_text(path: Path | None, text: str) -> None:
+    """Write a file that `check_new_file` found free, or to standard output."""
+    from evaluators.errors import UserError
+    from search.store.atomic import write_atomic
+
+    if path is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another place") from error
+
+
 def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
     """The workers that a config asks for."""
     cluster = setup.config.cluster

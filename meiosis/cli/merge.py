@@ -70,10 +70,12 @@ def command(
     # Read by torch when it first takes memory: large tensors, each new, come in pages of 2 MiB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from search import export
+    from search.devices import usable_device
     from search.push import check_repository, push_folder
     from search.recipe_file import read_recipe
 
     repository = check_repository(push, private)
+    device = usable_device(device)
     read = read_recipe(recipe, note)
     where = recipe.resolve().parent
     if dry_run:

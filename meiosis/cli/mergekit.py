@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from meiosis.cli.common import debug_option, note
+from meiosis.cli.common import check_new_file, debug_option, note, write_text
 
 
 @click.command("mergekit", epilog="Example: meiosis mergekit merged/recipe.yaml -o merge.yml")
@@ -20,7 +20,7 @@ def command(file: Path, output: Path | None) -> None:
     which becomes a recipe; or a search file of mergekit-evolve, which becomes a search config. What cannot be
     expressed is told line by line.
     """
-    from search.errors import ConfigError, UserError
+    from search.errors import ConfigError
     from search.mergekit.evolve import is_evolve_file, read_evolve_file
     from search.mergekit.merge_file import is_merge_file
     from search.recipe_file import read_recipe
@@ -30,8 +30,7 @@ def command(file: Path, output: Path | None) -> None:
         if not (file / "recipe.yaml").is_file():
             raise ConfigError(f"{file}: has no recipe.yaml; expected a recipe, or the folder of a model we merged")
         file = file / "recipe.yaml"
-    if output is not None and output.exists():
-        raise UserError(f"{output}: exists, and nothing is overwritten; choose another name")
+    check_new_file(output)
     source = YamlSource.read(file)
     folder = file.resolve().parent
     incomplete = False
@@ -46,9 +45,6 @@ def command(file: Path, output: Path | None) -> None:
         from search.mergekit.writer import write_merge_file
 
         text = write_merge_file(read_recipe(file), folder, note)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
+    write_text(output, text)
     if incomplete:
         note("The config lacks evaluators and objectives: fill them in where it says so, then `meiosis plan` it.")

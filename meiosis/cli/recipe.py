@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from meiosis.cli.common import F, debug_option
+from meiosis.cli.common import F, check_new_file, debug_option, note, write_text
 
 if TYPE_CHECKING:
     from search.recipe import Recipe
@@ -23,17 +23,10 @@ def command() -> None:
 
 
 def _written(make: Callable[[], Recipe], output: Path | None) -> None:
-    from search.errors import RecipeError
-    from search.store.atomic import write_atomic
-
-    text = make().to_yaml()
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    if not output.parent.is_dir():
-        raise RecipeError(f"{output}: there is no folder {output.parent}; make it first")
-    write_atomic(output, text.encode())
-    click.echo(f"Recipe: {output}; carry it out with: meiosis merge {output} OUT", err=True)
+    check_new_file(output)
+    write_text(output, make().to_yaml())
+    if output is not None:
+        note(f"Recipe: {output}; carry it out with: meiosis merge {output} OUT")
 
 
 def output_option(function: F) -> F:

@@ -85,7 +85,10 @@ def _locked_folder(out: Path) -> tuple[Path, int]:
     while True:
         folder = out.parent / f".{out.name}.{PARTIAL}-{secrets.token_hex(4)}"
         folder.mkdir()
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # as below, a moment earlier
         # A file system without locks: nobody will take the folder for a leftover, they cannot lock it either.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -179,6 +179,16 @@ def check_target(out: Path, overwrite: bool) -> None:
         )
 
 
+def check_not_a_source(out: Path, sources: Mapping[str, Checkpoint]) -> None:
+    """Raise `UserError` if `out`, which would be replaced, is one of the models that are merged.
+
+    The recipe beside the output would name the output, and could not be carried out again.
+    """
+    for name, source in sources.items():
+        if source.folder.resolve() == Path(out).resolve():
+            raise UserError(f"{out}: is the model '{name}' of this merge; choose another folder for the output")
+
+
 def _expected_bytes(layout: Sequence[Planned] | None, donor: Checkpoint, target: str | None) -> int:
     """Bytes of the weights; those of the donor where the tensors are not known yet."""
     if layout is not None:

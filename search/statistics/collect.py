@@ -14,6 +14,7 @@ from evaluators.base import Context
 from evaluators.item_files import Item, Reader, text_in
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
 from search.checkpoints.reading import Checkpoint, open_checkpoint
+from search.devices import usable_device
 from search.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def collect_statistics(
     from search.merge.statistics import FORMAT, check_target, write_statistics
 
     check_target(out, overwrite)
-    where = _device(device)
+    where = usable_device(device)
     checkpoint = open_checkpoint(model)
     if checkpoint.kind == "adapter":
         raise CheckpointError(
@@ -100,18 +101,6 @@ def collect_statistics(
         "dtype": dtype,
     }
     return Collected(out, len(found), len(chosen), tokens, write_statistics(out, found, metadata))
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
-        raise UserError(f"device '{name}': cannot be used here; expected cpu, or auto for what there is") from error
-    return name
 
 
 def _choose(data: Path, field: str, limit: int | None) -> list[Item]:
