@@ -146,7 +146,10 @@ def merge_file(folder: Path, method: str, dtype: str) -> tuple[Path, list[str]]:
 
 @dataclass(frozen=True)
 class Ran:
-    """One process: wall time, most resident memory (the kernel's, with mapped pages), most private memory (sampled)."""
+    """One process: wall time, most resident memory (with mapped pages) and most private memory, both sampled.
+
+    Not the kernel's `ru_maxrss`: that begins with what the process that starts it has.
+    """
 
     seconds: float
     peak_bytes: int
@@ -164,7 +167,7 @@ def run(command: Sequence[object], environment: Mapping[str, str] | None = None)
         text=True,
         env={**os.environ, **(environment or {})},
     )
-    private, over = [0], threading.Event()
+    most, over = {"VmHWM": 0, "RssAnon": 0}, threading.Event()
 
     def watch() -> None:
         while not over.wait(0.01):
@@ -172,22 +175,22 @@ def run(command: Sequence[object], environment: Mapping[str, str] | None = None)
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             except OSError:
                 return
-            private[0] = max(
-                [private[0], *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))]
-            )
+            for line in lines:
+                name = line.partition(":")[0]
+                if name in most:
+                    most[name] = max(most[name], int(line.split()[1]) * 1024)
 
     said: list[str] = []
     threads = [threading.Thread(target=watch), threading.Thread(target=lambda: said.extend(process.stderr or ()))]
     for thread in threads:
         thread.start()
-    _, status, usage = os.wait4(process.pid, 0)
+    code = process.wait()
     seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
     over.set()
     for thread in threads:
         thread.join()
-    failed = (said[-1].strip() if said else f"status {process.returncode}") if process.returncode else ""
-    return Ran(seconds, usage.ru_maxrss * 1024, private[0], failed)
+    failed = (said[-1].strip() if said else f"status {code}") if code else ""
+    return Ran(seconds, most["VmHWM"], most["RssAnon"], failed)
 
 
 def copy_seconds(files: Sequence[Path], output: int, folder: Path) -> tuple[float, float]:
@@ -220,18 +223,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows by dtype and method.
 
-    Columns: seconds of our first merge (`first`: sources are hashed on the way) and of later ones (`again`), of
-    mergekit and of the copy; `start` is what a merge of a tiny model takes.
+    Columns: seconds of our merge (`ours`), of one that also hashes its sources (`hashed`), of mergekit and of the
+    copy; `start` is what a merge of a tiny model takes.
     """
     rows = []
     out, cache = folder / "out", folder / "cache"
     environment = {"MEIOSIS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
-    def ours(path: Path, fresh: bool = False) -> Ran:
-        if fresh:
-            shutil.rmtree(cache, ignore_errors=True)
+    def ours(path: Path, *options: str) -> Ran:
+        shutil.rmtree(cache, ignore_errors=True)  # of the hashes of an earlier merge
         start = [sys.executable, "-c", START.format(root=str(ROOT))]
-        ran = run([*start, "merge", path, out, "--threads", threads, "--json"], environment)
+        ran = run([*start, "merge", path, out, "--threads", threads, "--json", *options], environment)
         shutil.rmtree(out, ignore_errors=True)
         return ran
 
@@ -255,8 +257,8 @@ def measure(
             for _ in range(repeats):
                 output = parameters * getattr(torch, dtype).itemsize
                 found.setdefault("copy", []).append(copy_seconds(inputs, output, folder / "copy"))
-                found.setdefault("first", []).append(ours(file, fresh=True))
-                found.setdefault("again", []).append(ours(file))
+                found.setdefault("ours", []).append(ours(file))
+                found.setdefault("hashed", []).append(ours(file, "--hash"))
                 if peer.command:
                     found.setdefault("mergekit", []).append(theirs(file))
             rows.append(

@@ -50,11 +50,10 @@ def write_tables(
         "",
         "- `copy`: `cp` of all inputs and of a file of the output's size until all of it is on the disk, as our output "
         "is when the command ends; the ratio in brackets is to `cp` as it returns.",
-        "- `first` hashes all sources and looks for NaN on the way, `again` finds that in the cache.",
-        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / first is of whole "
+        "- `ours` looks for NaN in the sources on the way; `hashed` takes their hashes too (`--hash`).",
+        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / ours is of whole "
         "processes, in brackets without the start of both.",
-        "- `peak`: the kernel's maximum resident size, mapped pages included; `private`: sampled memory that no file "
-        "backs.",
+        "- `peak`: most resident memory, mapped pages included; `private`: most memory that no file backs; sampled.",
         "",
         *one_shot_table(shots),
         "",
@@ -86,24 +85,24 @@ def write_tables(
 def one_shot_table(rows: Rows) -> list[str]:
     """The one-shot part in Markdown: no absolute time without its ratio."""
     lines = [
-        "| dtype | method | models | copy, s | first, s | first / copy | again, s | again / copy | start, s | "
-        "mergekit, s | mergekit / first | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
+        "| dtype | method | models | copy, s | ours, s | ours / copy | hashed, s | hashed / copy | start, s | "
+        "mergekit, s | mergekit / ours | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         copy = row["copy_synced_s"]
         cells = [row["dtype"], row["method"], str(row["models"]), f"{copy:.2f}"]
-        for name in ("first", "again"):
+        for name in ("ours", "hashed"):
             seconds = row[f"{name}_s"]
             both = [row[f"{name}_failed"], ""] if seconds is None else [f"{seconds:.2f}", _ratio(seconds, row)]
             cells += both
         cells.append("" if row["start_s"] is None else f"{row['start_s']:.2f}")
-        theirs, ours = row.get("mergekit_s"), row["first_s"]
+        theirs, ours = row.get("mergekit_s"), row["ours_s"]
         cells += [
             row.get("mergekit_failed", "") if theirs is None else f"{theirs:.2f}",
             "" if theirs is None or ours is None else f"{theirs / ours:.1f} ({_work(row, 'mergekit'):.1f})",
         ]
-        for name in ("first", "mergekit"):
+        for name in ("ours", "mergekit"):
             cells += [
                 f"{row[f'{name}_{kind}'] / MIB:.0f}" if f"{name}_peak" in row else "" for kind in ("peak", "private")
             ]
@@ -113,7 +112,7 @@ def one_shot_table(rows: Rows) -> list[str]:
 
 def _work(row: Mapping[str, Any], name: str) -> float:
     """mergekit's time over ours, both without the start of the process."""
-    ours = max(1e-3, row["first_s"] - (row["start_s"] or 0.0))
+    ours = max(1e-3, row["ours_s"] - (row["start_s"] or 0.0))
     return max(0.0, row[f"{name}_s"] - (row[f"{name}_start_s"] or 0.0)) / ours
 
 

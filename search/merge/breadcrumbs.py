@@ -10,11 +10,11 @@ from torch import Tensor
 
 from search.merge.operator import Block, Inputs
 from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts
-from search.merge.task_vectors import Trim, drop_all, keep_all
+from search.merge.task_vectors import Trim, Trimmed, drop_all, keep_all, rescaled
 
 
 def count_magnitudes(inputs: Inputs, index: int = 0) -> dict[str, Tensor]:
-    """What `trims` needs of one source: a table of its magnitudes."""
+    """What `drop_small_and_large` needs of one source: a table of its magnitudes."""
     return count(inputs, lambda block: _magnitudes(inputs, block, index))
 
 
@@ -29,12 +29,13 @@ def kept_ranks(size: int, density: float, gamma: float) -> tuple[int, int]:
     return low, low + kept
 
 
-def trims(
-    inputs: Inputs, prepared: Sequence[Mapping[str, Tensor]], per_source: Sequence[Mapping[str, Any]]
-) -> tuple[list[Trim], list[object]]:
-    """One trim per source, and what each depends on beyond tensor, base and model."""
+def drop_small_and_large(
+    inputs: Inputs, prepared: Sequence[Mapping[str, Tensor]], per_source: Sequence[Mapping[str, Any]], rescale: bool
+) -> Trimmed:
+    """Task vectors without their smallest and largest elements."""
     ranks = [kept_ranks(inputs.numel, float(v["density"]), float(v["gamma"])) for v in per_source]
-    return [_trim(inputs, prepared[i], i, *r) for i, r in enumerate(ranks)], [("breadcrumbs", *r) for r in ranks]
+    trims = [_trim(inputs, prepared[index], index, *kept) for index, kept in enumerate(ranks)]
+    return rescaled(inputs, per_source, trims, [("breadcrumbs", *kept) for kept in ranks], rescale)
 
 
 def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, high: int) -> Trim:

@@ -11,7 +11,7 @@ from torch import Tensor
 from search.merge.masks import LEVELS, CounterMask
 from search.merge.operator import Inputs
 from search.merge.rows import row_chunks
-from search.merge.task_vectors import Trim, keep_all, rescaled_factors
+from search.merge.task_vectors import Trim, Trimmed, keep_all, rescaled_factors
 
 
 def probabilities(columns: int, density: float, epsilon: float) -> Tensor:
@@ -25,10 +25,8 @@ def probabilities(columns: int, density: float, epsilon: float) -> Tensor:
     return density - epsilon + 2.0 * epsilon * torch.arange(columns, dtype=torch.float64) / (columns - 1)
 
 
-def drop_by_magnitude(
-    inputs: Inputs, per_source: Sequence[Mapping[str, Any]], rescale: bool
-) -> tuple[list[Trim], list[float]]:
-    """One trim per source, and the weights times the factors that give task vectors their L1 norms back."""
+def drop_by_magnitude(inputs: Inputs, per_source: Sequence[Mapping[str, Any]], rescale: bool) -> Trimmed:
+    """Task vectors dropped by chance, the smallest of a row most likely."""
     trims: list[Trim] = []
     keys: list[object] = []
     for index, values in enumerate(per_source):
@@ -36,7 +34,7 @@ def drop_by_magnitude(
         trims.append(keep_all if density >= 1.0 else _Mask(inputs, index, density, epsilon))
         keys.append(("della", inputs.seed, density, epsilon))
     weights = [float(values["weight"]) for values in per_source]
-    return trims, rescaled_factors(inputs, weights, trims, keys, rescale)
+    return Trimmed(trims, rescaled_factors(inputs, weights, trims, keys, rescale))
 
 
 class _Mask:

@@ -31,6 +31,19 @@ TINY_NORM = 1e-7
 """Task vectors whose L1 norm is below this, before or after trimming, are not rescaled."""
 
 
+@dataclass(frozen=True)
+class Trimmed:
+    """How the task vectors of one tensor are trimmed: a trim and a factor of what is left for every source.
+
+    Attributes:
+        rescales: what in the factors gives a task vector its norm back; empty where that is one number with them.
+    """
+
+    trims: Sequence[Trim]
+    factors: Sequence[float]
+    rescales: Sequence[float] = ()
+
+
 def keep_all(delta: Tensor, start: int) -> None:
     """No trim."""
 
@@ -216,9 +229,20 @@ def _torch_scale(inputs: Inputs, index: int, trim: Trim) -> float:
     return 1.0 if min(float(before), float(after)) < TINY_NORM else float(before / after)
 
 
-def mask_task_vectors(
-    inputs: Inputs, per_source: Sequence[Mapping[str, Any]], rescale: bool
-) -> tuple[list[Trim], list[float]]:
+def rescaled(
+    inputs: Inputs,
+    per_source: Sequence[Mapping[str, Any]],
+    trims: Sequence[Trim],
+    keys: Sequence[object],
+    rescale: bool,
+) -> Trimmed:
+    """Trimmed task vectors with their L1 norms given back if `rescale`; see `rescaled_factors`."""
+    weights = [float(values["weight"]) for values in per_source]
+    scales = rescaled_factors(inputs, [1.0] * len(weights), trims, keys, rescale)
+    return Trimmed(trims, [weight * scale for weight, scale in zip(weights, scales, strict=True)], scales)
+
+
+def mask_task_vectors(inputs: Inputs, per_source: Sequence[Mapping[str, Any]], rescale: bool) -> Trimmed:
     """The random masks of DARE and the factors that go with them, one per source."""
     trims: list[Trim] = []
     factors = []
@@ -230,4 +254,4 @@ def mask_task_vectors(
             scale = 1.0 if min(whole, kept) < TINY_NORM else whole / kept
         trims.append(keep_all if mask.level == LEVELS else mask)
         factors.append(float(values["weight"]) * scale)
-    return trims, factors
+    return Trimmed(trims, factors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from search.merge.operator import Apply, Block, Inputs, Operator, Parameter
+from search.merge.operator import Apply, Block, Inputs, Parameter
+from search.merge.statistics_operator import StatisticsOperator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ LEAST_FLOOR = 1e-20
 """Stands for floors below it, so that elements without any information are averaged, not divided by zero."""
 
 
-class Fisher(Operator):
+class Fisher(StatisticsOperator):
     """x = sum_i w_i F_i x_i / sum_i w_i F_i per element, F_i the diagonal Fisher information (Matena 2022).
 
     F_i is floored at `floor` times the mean of the F_j over the tensor and the sources, so that elements that no
@@ -33,26 +34,10 @@ class Fisher(Operator):
     parameters: ClassVar = (
         Parameter("weight", "source", "float", 1.0, "factor of the model's Fisher information", 0.0),
         Parameter("floor", "shared", "float", 1e-6, "least Fisher information, in units of its mean", 0.0),
-        Parameter(
-            "lambda",
-            "shared",
-            "float",
-            1.0,
-            "factor of the merged task vector; not 1: needs a base",
-            search=(0.0, 2.0, 1.0),
-        ),
+        StatisticsOperator.LAMBDA,
     )
-    needs_base = False
     statistics = "fisher"
     prepares = "each_source"
-
-    def uses_base(self, shared: Mapping[str, Any]) -> bool:
-        return bool(shared["lambda"] != 1.0)
-
-    def check(self, per_source: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> str | None:
-        from search.merge.parameter_faults import zero_sum_fault
-
-        return zero_sum_fault(per_source)
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         """The sum of the source's Fisher information over the tensor, in float64."""

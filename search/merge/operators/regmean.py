@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from search.merge.operator import Apply, Block, Inputs, Operator, Parameter
+from search.merge.operator import Apply, Block, Inputs, Parameter
+from search.merge.statistics_operator import StatisticsOperator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ RIDGE = 1e-6
 averaged plainly."""
 
 
-class RegMean(Operator):
+class RegMean(StatisticsOperator):
     """W = (sum_i w_i G_i)^-1 sum_i w_i G_i W_i, the least squares of x W - x W_i (Jin 2023).
 
     W is (inputs, outputs) and G_i (inputs, inputs) the mean of x x^T over the inputs x of this layer in model i,
@@ -42,26 +43,10 @@ class RegMean(Operator):
         Parameter(
             "alpha", "shared", "float", ALPHA, "factor of what is off the diagonal of the Gram matrices", 0.0, 1.0
         ),
-        Parameter(
-            "lambda",
-            "shared",
-            "float",
-            1.0,
-            "factor of the merged task vector; not 1: needs a base",
-            search=(0.0, 2.0, 1.0),
-        ),
+        StatisticsOperator.LAMBDA,
     )
-    needs_base = False
     statistics = "gram"
     prepares = "all_sources"
-
-    def uses_base(self, shared: Mapping[str, Any]) -> bool:
-        return bool(shared["lambda"] != 1.0)
-
-    def check(self, per_source: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> str | None:
-        from search.merge.parameter_faults import zero_sum_fault
-
-        return zero_sum_fault(per_source)
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         grams = _grams(inputs)
