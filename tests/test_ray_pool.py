@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -18,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from packages import ROOT
 from safetensors.numpy import save_file
 from worker_bodies import OwnError, job, plan, starts
 
-from cluster.handshake import compare, evaluator_sources, identity
 from cluster.local_ray import _make_folder, open_session
 from cluster.pool import MOMENT_SECONDS, RayPool
 from cluster.shards import node_folder, warm_stamp
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from cluster.local_ray import Session
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("meiosis", "cluster", "search", "evaluators")
 
 
 @pytest.fixture
@@ -380,92 +377,6 @@ def test_folders_that_a_killed_driver_left_are_removed_and_those_in_use_are_not(
         other.close()
 
 
-def identity_of(folder: Path) -> dict[str, Any]:
-    """What a fresh process that imports our packages from `folder` says about itself."""
-    code = "import json, dataclasses as d, cluster.handshake as h; print(json.dumps(d.asdict(h.identity())))"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def copy_packages(folder: Path) -> Path:
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
-def test_a_digest_depends_on_the_source_and_not_on_its_place(tmp_path: Path) -> None:
-    one, other = copy_packages(tmp_path / "one"), copy_packages(tmp_path / "other")
-    with (other / "search" / "pool.py").open("a") as source:
-        source.write("# another version\n")
-    (other / "evaluators" / "__pycache__").mkdir()
-    (other / "evaluators" / "__pycache__" / "x.pyc").write_bytes(b"x")
-    first, second = identity_of(one)["packages"], identity_of(other)["packages"]
-    assert first["search"]["folder"] == str(one / "search")
-    different = [name for name in PACKAGES if first[name]["sha256"] != second[name]["sha256"]]
-    assert different == ["search"]
-
-
-def test_a_difference_is_named_with_node_package_and_both_digests() -> None:
-    ours = identity()
-    compare(ours, replace(ours, node="elsewhere"), "worker-1")
-    package = replace(ours.packages["search"], sha256="f" * 64, folder="/opt/search")
-    theirs = replace(ours, node="node-7", packages={**ours.packages, "search": package})
-    with pytest.raises(WorkerError) as caught:
-        compare(ours, theirs, "worker-1")
-    for part in (
-        "worker-1",
-        "node-7",
-        "'search'",
-        "f" * 16,
-        ours.packages["search"].sha256[:16],
-        "/opt/search",
-    ):
-        assert part in str(caught.value)
-    with pytest.raises(WorkerError, match=r"torch 1\.0, expected"):
-        compare(ours, replace(ours, libraries={**ours.libraries, "torch": "1.0"}), "worker-1")
-
-
-EVALUATOR = """
-from evaluators.base import Evaluator
-
-class Own(Evaluator):
-    metrics = {}
-    def prepare(self, context): pass
-    def items(self, pool): return []
-    def evaluate(self, model, items): yield from ()
-"""
-
-
-def test_the_source_of_an_evaluator_is_its_class_file_and_its_function_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    plugin, function = tmp_path / "own_evaluator_source.py", tmp_path / "function.py"
-    plugin.write_text(EVALUATOR)
-    function.write_text("def score(model): return 1.0")
-    specs = (
-        EvaluatorSpec("ours", "perplexity", {"data": "a: text"}),
-        EvaluatorSpec("own", "own_evaluator_source:Own"),
-        EvaluatorSpec("function", "python", {"function": f"{function}:score"}),
-    )
-    seen = [evaluator_sources(specs)]
-    for file in (plugin, function):
-        file.write_text(file.read_text() + "\n")
-        seen.append(evaluator_sources(specs))
-    digests = [[package.sha256 for package in sources.values()] for sources in seen]
-    assert len({ours for ours, _, _ in digests}) == 1
-    assert digests[0][1] != digests[1][1] == digests[2][1]
-    assert digests[0][2] == digests[1][2] != digests[2][2]
-    assert seen[0]["own"].folder == str(plugin)
-
-
 def test_a_worker_with_another_evaluator_is_refused_before_it_gets_a_job(ray_session: Session, tmp_path: Path) -> None:
     function = tmp_path / "function.py"
     function.write_text("def score(model): return 1.0")
@@ -484,211 +395,3 @@ def test_a_worker_with_another_evaluator_is_refused_before_it_gets_a_job(ray_ses
     assert f"node {platform.node()} has another evaluator 'mine'" in str(caught.value)
     assert str(function) in str(caught.value)
     assert starts(tmp_path) == [0]
-
-
-DRIVER = """
-import json, os, signal, sys, threading, time
-from pathlib import Path
-packages, tests, notes = map(Path, sys.argv[1:4])
-sys.path[:0] = [str(packages)]  # a place that workers do not know of, whatever is installed
-sys.path += [str(tests)]
-hits = []
-signal.signal(signal.SIGTERM, lambda *_: hits.append("SIGTERM"))
-
-def descendants():
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            parents[int(stat.parent.name)] = int(fields[1])
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
-
-if __name__ == "__main__":
-    from worker_bodies import job, plan, starts
-    from cluster.pool import RayPool
-    from search.errors import WorkerError
-    pool = RayPool(plan(notes), workers=2, body="worker_bodies:Scripted", working_folder=notes)
-    pool.ready()
-    print("while Ray runs")
-    pool.submit(job(0, "exit_once"))
-    pool.submit(job(1))
-    results = {}
-    while len(results) < 2:
-        results.update({o.candidate: o.metrics["test.square"] for o in pool.wait(5)})
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    pool.submit(job(2, "sleep", seconds=1))
-    results.update({o.candidate: o.metrics["test.square"] for o in pool.wait(5)})
-
-    with (packages / "search" / "pool.py").open("a") as source:
-        source.write("# changed during the run\\n")
-    refused = ""
-    try:
-        for candidate in range(3, 60):  # the other worker goes on until the new one says what it runs
-            pool.submit(job(3, "exit_once") if candidate == 3 else job(candidate, "sleep", seconds=0.2))
-            pool.wait(5)
-    except WorkerError as error:
-        refused = str(error)
-
-    started = descendants()
-    folders = {part for pid in started for part in Path(f"/proc/{pid}/cmdline").read_text().split("\\0")
-               if part.startswith("--temp_dir") or part.startswith("--temp-dir")}
-    pool.close()
-    pool.close()
-    for _ in range(50):
-        left = {pid for pid in started if Path(f"/proc/{pid}").exists()
-                and ") Z " not in Path(f"/proc/{pid}/stat").read_text()}
-        if not left:
-            break
-        time.sleep(0.1)
-    print(json.dumps(dict(results=results, hits=hits, refused=refused, started=len(started), left=len(left),
-                          folders=sorted(f.partition("=")[2] for f in folders),
-                          own_stdout=sys.stdout is sys.__stdout__, environment=dict(os.environ))))
-"""
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A driver of its own, started where folders with the names of our packages lie."""
-    folder = tmp_path_factory.mktemp("driver")
-    standing, script, notes = folder / "standing", folder / "bin" / "driver.py", folder / "notes"
-    for made in (standing, script.parent, notes):
-        made.mkdir()
-    for where in (standing, script.parent):
-        for name in PACKAGES:
-            (where / name).mkdir()
-            (where / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
-    script.write_text(DRIVER)
-    packages = copy_packages(folder / "packages")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "PYTHONPATH"))}
-    done = subprocess.run(
-        # -P: like a console script, the driver does not look for modules beside its script.
-        [sys.executable, "-P", str(script), str(packages), str(ROOT / "tests"), str(notes)],
-        cwd=standing,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    return {
-        **json.loads(lines[-1]),
-        "stdout": lines,
-        "stderr": done.stderr,
-        "log": (notes / "ray.log").read_text(),
-    }
-
-
-def test_folders_with_our_names_where_the_user_stands_are_not_imported(driver: dict[str, Any]) -> None:
-    assert driver["results"] == {"0": 0.0, "1": 1.0, "2": 4.0}
-
-
-def test_what_ray_says_about_a_dead_worker_is_not_on_stdout(driver: dict[str, Any]) -> None:
-    assert len(driver["stdout"]) == 2
-    assert driver["stdout"][0] == "while Ray runs"
-    assert driver["stderr"] == ""
-    assert "died" in driver["log"]
-    assert driver["own_stdout"]
-
-
-def test_the_drivers_own_signal_handlers_run_during_wait(driver: dict[str, Any]) -> None:
-    assert driver["hits"] == ["SIGTERM"]
-
-
-def test_a_worker_that_would_run_changed_code_is_refused(driver: dict[str, Any]) -> None:
-    assert "has another package 'search'" in driver["refused"]
-
-
-def test_closing_leaves_no_process_and_no_file_of_ray(driver: dict[str, Any]) -> None:
-    assert driver["started"] > 3
-    assert driver["left"] == 0
-    assert driver["folders"]
-    assert not any(Path(folder).exists() for folder in driver["folders"])
-
-
-def test_ray_sends_no_statistics_and_asks_for_a_token(driver: dict[str, Any]) -> None:
-    assert driver["environment"]["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert driver["environment"]["RAY_AUTH_MODE"] == "token"
-    token = Path.home() / ".ray" / "auth_token"
-    assert not token.exists() or token.stat().st_mode & 0o077 == 0
-
-
-NODE_DEATH = """
-import json, os, signal, sys, time
-from pathlib import Path
-tests, notes = map(Path, sys.argv[1:3])
-sys.path.append(str(tests))
-os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
-
-if __name__ == "__main__":
-    from ray.cluster_utils import Cluster
-    small = dict(object_store_memory=10**8)
-    cluster = Cluster(True, head_node_args=dict(num_cpus=1, include_dashboard=False, **small))
-    other = cluster.add_node(num_cpus=1, **small)
-    from worker_bodies import job, plan, starts
-    from cluster.pool import RayPool
-    said = []
-    pool = RayPool(plan(notes), workers=3, body="worker_bodies:Scripted", working_folder=notes,
-                   address=cluster.address, report=said.append)
-    pool.ready()
-    for candidate in range(6):
-        pool.submit(job(candidate, "sleep", seconds=3 if candidate < 2 else 0.1))
-    while len(starts(notes)) < 2:
-        pool.wait(0.0)
-    cluster.remove_node(other, allow_graceful=False)
-    results = []
-    while len(results) < 6:
-        results += [(o.candidate, o.failure and o.failure.kind, o.attempts) for o in pool.wait(5)]
-    joined = cluster.add_node(num_cpus=1, **small)
-    for candidate in range(100, 400):
-        pool.submit(job(candidate, "sleep", seconds=0.2))
-    workers = set()
-    end = time.monotonic() + 50
-    while len(workers) < 2 and time.monotonic() < end:
-        workers.update(outcome.worker for outcome in pool.wait(1))
-    for candidate in range(100, 400):
-        pool.cancel((candidate, "search"))
-    while pool.busy:
-        pool.submit(job(500)), pool.wait(5)  # the cancelled ones that run come to their end
-
-    pool.submit(job(1000, "large", seconds=2))
-    pool.submit(job(1001, "large", seconds=2))
-    while not {1000, 1001} <= set(starts(notes)):
-        pool.wait(0.05)
-    time.sleep(4)
-    cluster.remove_node(joined, allow_graceful=False)
-    large = []
-    while len(large) < 2:
-        large += [(o.candidate, o.failure and o.failure.message, o.attempts) for o in pool.wait(5)]
-    pool.close()
-    print(json.dumps(dict(results=sorted(results), said=said, workers=len(workers), large=sorted(large))))
-    cluster.shutdown()
-"""
-
-
-@pytest.mark.slow
-def test_a_node_that_dies_costs_no_job_and_no_outcome_and_one_that_joins_gets_a_worker(tmp_path: Path) -> None:
-    script, notes = tmp_path / "driver.py", tmp_path / "notes"
-    notes.mkdir()
-    script.write_text(NODE_DEATH)
-    done = subprocess.run(
-        [sys.executable, str(script), str(ROOT / "tests"), str(notes)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert [result[:2] for result in found["results"]] == [[candidate, None] for candidate in range(6)]
-    assert sum(attempts for _, _, attempts in found["results"]) == 7
-    assert "there is room for 2 of 3 workers until nodes join" in found["said"]
-    assert found["workers"] == 2
-    assert [result[:2] for result in found["large"]] == [[1000, None], [1001, None]]
-    assert sum(attempts for _, _, attempts in found["large"]) == 3, "one outcome was lost with its node"
