@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from search.devices import usable_device
 from search.errors import MeiosisError, RecipeError
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
+from search.merge.parallel import merge_side_by_side
 from search.merge.statistics import open_statistics, with_statistics_from
 from search.merge_plan import HashState, MergePlan, output_layout, plan_merge
 from search.model_card import model_card
@@ -219,8 +222,6 @@ def write_merge(
     import torch
 
     return_large_blocks()
-    if threads is not None:
-        torch.set_num_threads(threads)
     recipe_of = {name: checkpoints[name] for name in recipe.models}
     opened = open_sources(recipe_of, recipe)
     layout = output_layout(recipe, recipe_of, opened)
@@ -229,18 +230,24 @@ def write_merge(
     to_hash = recipe_of if check_sources else {}
     with SourceHashes(to_hash, names, hashed, threads or len(os.sched_getaffinity(0))) as hashes:
         _with_hashes(recipe, to_hash, hashes.known())
-        merger = Merger(
-            opened.tensors,
-            device=usable_device(device),
-            identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
-            names=opened.names,
-            statistics=opened.statistics,
-            dtypes=opened.dtypes(recipe.donor),
-            keep_prepared=False,
-        )
+        place, count = usable_device(device), threads or torch.get_num_threads()
+
+        def merger() -> Merger:
+            return Merger(
+                opened.tensors,
+                device=place,
+                identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+                names=opened.names,
+                statistics=opened.statistics,
+                dtypes=opened.dtypes(recipe.donor),
+                keep_prepared=False,
+            )
+
+        sizes = {planned.name: math.prod(planned.shape) for planned in layout}
+        # One tensor at a time keeps an accelerator busy.
+        stream = merge_side_by_side(merger, recipe, sizes, threads=count if place == "cpu" else 1)
 
         def merged() -> Iterator[tuple[str, Tensor]]:
-            stream = merger.merge_tensors(recipe, names)
             unread = 0
             for planned in layout:
                 hashes.merging(planned.name)
@@ -259,21 +266,22 @@ def write_merge(
             known = _with_hashes(recipe, to_hash, hashes.finish())
             return {"recipe.yaml": known.to_yaml(), **opened.files, **extra_files(known)}
 
-        write_checkpoint(
-            merged(),
-            checkpoints[recipe.donor],
-            out,
-            layout=layout,
-            max_shard_bytes=max_shard_bytes,
-            extra_files=extra,
-            config_changes=opened.config,
-            without=opened.without,
-            dtype=recipe.dtype,
-            finite=True,
-            overwrite=overwrite,
-            verify=verify,
-            meter=meter,
-        )
+        with contextlib.closing(stream):
+            write_checkpoint(
+                merged(),
+                checkpoints[recipe.donor],
+                out,
+                layout=layout,
+                max_shard_bytes=max_shard_bytes,
+                extra_files=extra,
+                config_changes=opened.config,
+                without=opened.without,
+                dtype=recipe.dtype,
+                finite=True,
+                overwrite=overwrite,
+                verify=verify,
+                meter=meter,
+            )
 
 
 def _to_hash(recipe: Recipe, every: bool) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from search.merge.kernels.native import NativeMerge, Stored, plan
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS, ROW_ELEMENTS, Apply
 from search.merge.prepared import Prepared, PreparedFolder
 from search.merge.sources import TensorSource
+from search.merge.task_vectors import TaskVectors
 from search.merge.tensor_checks import MERGED_DTYPES, check_dtypes, check_shapes, copy_identical
 from search.merge.weighted_sums import WeightedSum
 from search.merge.writing import count_write, version_of, write_range
@@ -108,6 +109,7 @@ class Merger:
         self._prepared: dict[tuple[object, ...], Prepared] = {}
         self._written: dict[str, _Written] = {}
         self._bound = RecentValues(KNOWN_RULES)
+        self._latest: tuple[Recipe, list[BoundRule], dict[str, int]] | None = None
         self._assigned: tuple[tuple[object, ...], dict[str, int]] = ((), {})
 
     def merge_into(self, recipe: Recipe, targets: Mapping[str, Tensor]) -> MergeStats:
@@ -168,7 +170,18 @@ class Merger:
         self._written.clear()
 
     def _assign(self, recipe: Recipe, names: Iterable[str]) -> dict[str, BoundRule]:
-        """Tensor name -> checked rule, for `names`, in the order of the donor."""
+        """Tensor name -> checked rule, for `names`, in their order."""
+        if self._latest is None or self._latest[0] is not recipe:
+            self._latest = (recipe, self._checked(recipe), self._rules_of(recipe))
+        _, rules, index = self._latest
+        try:
+            return {name: rules[index[name]] for name in names}
+        except KeyError as error:
+            unknown = str(error.args[0])
+            raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown}'{nearest(unknown, index)}") from None
+
+    def _checked(self, recipe: Recipe) -> list[BoundRule]:
+        """The rules, for the models that are here."""
         rules = self._bind(recipe)
         for model, ref in recipe.models.items():
             held = self._identity.get(self._known(model))
@@ -177,22 +190,16 @@ class Merger:
                     f"models.{model}.sha256: the recipe wants the weights {ref.sha256[:12]}, "
                     f"those here are {held[:12]}; point it at the model it was made from"
                 )
-        wanted = tuple(names)
-        key = (recipe.donor, wanted, *(rule.tensors for rule in recipe.rules))
-        if key != self._assigned[0]:
-            self._assigned = (key, self._rules_of(recipe, wanted))
-        return {name: rules[index] for name, index in self._assigned[1].items()}
+        return rules
 
-    def _rules_of(self, recipe: Recipe, wanted: tuple[str, ...]) -> dict[str, int]:
-        """Tensor name -> number of its rule, for `wanted`, in the order of the donor."""
-        position = {id(rule): index for index, rule in enumerate(recipe.rules)}
-        known = self._names_of(recipe)
-        assigned = recipe.assign(known)
-        asked = set(wanted)
-        unknown = sorted(asked - set(known))
-        if unknown:
-            raise RecipeError(f"model '{recipe.donor}' has no tensor '{unknown[0]}'{nearest(unknown[0], known)}")
-        return {name: position[id(rule)] for name, rule in assigned.items() if name in asked}
+    def _rules_of(self, recipe: Recipe) -> dict[str, int]:
+        """Tensor of the output -> number of its rule."""
+        key = (recipe.donor, *(rule.tensors for rule in recipe.rules))
+        if key != self._assigned[0]:
+            position = {id(rule): index for index, rule in enumerate(recipe.rules)}
+            assigned = recipe.assign(self._names_of(recipe))
+            self._assigned = (key, {name: position[id(rule)] for name, rule in assigned.items()})
+        return self._assigned[1]
 
     def _bind(self, recipe: Recipe) -> list[BoundRule]:
         """The rules, checked. Those that an earlier recipe had are known: most candidates change few."""
@@ -245,7 +252,7 @@ class Merger:
             return False
         stored = Stored(*inputs.stored)
         narrow = inputs.dtype != torch.float32  # `compute: inputs`
-        if narrow and (not isinstance(apply, WeightedSum) or dtype not in (None, inputs.dtype)):
+        if narrow and (not isinstance(apply, WeightedSum | TaskVectors) or dtype not in (None, inputs.dtype)):
             return False
         rounded = inputs.dtype if narrow else dtype
         kernel: NativeMerge | gpu.TritonMerge | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from search.merge.operator import Block, Inputs
-from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts
+from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts, keep_ranks
 from search.merge.task_vectors import Trim, Trimmed, drop_all, keep_all, rescaled
 
 
@@ -43,14 +43,14 @@ def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, hig
         return drop_all
     if high - low == inputs.numel:
         return keep_all
+    if inputs.compute == "inputs":
+        return keep_ranks(inputs, index, low, high, descending=False)
     place = ("breadcrumbs", inputs.name, inputs.base, inputs.models[index], inputs.dtype)
     missing = [rank for rank in (low, high) if (*place, rank) not in inputs.cache]
     found: dict[int, Cut] = cuts(inputs, lambda block: _magnitudes(inputs, block, index), table, missing)
     for rank in missing:
         inputs.cache[*place, rank] = found[rank]
     lower, upper = (found[rank] if rank in found else inputs.cache[*place, rank] for rank in (low, high))
-    if inputs.compute == "inputs" and any(cut.index for cut in (lower, upper) if cut != NOTHING):
-        return _by_sorting(inputs, index, low, high)
 
     def trim(delta: Tensor, start: int) -> None:
         for cut, drops_above in ((lower, False), (upper, True)):
@@ -68,19 +68,6 @@ def _below(value: float, dtype: torch.dtype) -> float:
     """The number of `dtype` before a positive one; 0 for 0."""
     number = torch.tensor(value, dtype=dtype)
     return float(torch.nextafter(number, torch.zeros((), dtype=dtype)))
-
-
-def _by_sorting(inputs: Inputs, index: int, low: int, high: int) -> Trim:
-    # Which of equal magnitudes stay is up to torch's sort, here as in mergekit.
-    blocks = [_magnitudes(inputs, block, index).to(torch.float32, copy=True) for block in inputs.blocks()]
-    magnitudes = torch.cat(blocks)
-    dropped = torch.ones(inputs.numel, dtype=torch.bool, device=inputs.device)
-    dropped[magnitudes.argsort()[low:high]] = False
-
-    def trim(delta: Tensor, start: int) -> None:
-        delta.masked_fill_(dropped[start : start + delta.numel()], 0.0)
-
-    return trim
 
 
 def _magnitudes(inputs: Inputs, block: Block, index: int) -> Tensor:

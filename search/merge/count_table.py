@@ -197,23 +197,6 @@ def _last_of_equals(inputs: Inputs, bits_at: Mapping[int, int], spare: Mapping[i
     return last
 
 
-class SortTrim:
-    """Keeps the first k of magnitudes in the order of torch's descending sort, as mergekit does.
-
-    Which of the equals at the threshold stay is left to that sort: the same on every run of one build of torch on
-    one kind of processor, and not elsewhere. Holds a byte for each element.
-    """
-
-    def __init__(self, inputs: Inputs, index: int, k: int) -> None:
-        magnitudes = torch.sub(inputs.whole(index), inputs.whole(None)).abs_().float().view(-1)
-        self._drop = torch.ones(inputs.numel, dtype=torch.bool, device=inputs.device)
-        self._drop[torch.argsort(magnitudes, descending=True)[:k]] = False
-
-    def __call__(self, delta: Tensor, start: int) -> None:
-        """Apply in place to the elements from `start` on."""
-        delta.masked_fill_(self._drop[start : start + delta.numel()], 0.0)
-
-
 class MagnitudeTrim:
     """Zeroes what a threshold drops, with one comparison per element.
 

@@ -120,7 +120,6 @@ class TensorInputs:
         return math.prod(self.shape)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Start and stop of all blocks, in order."""
         for start in range(0, self.numel, self._step):
             yield start, min(start + self._step, self.numel)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from search.merge.kernels import Mode
+
 BLOCK_ELEMENTS = 1 << 18
 """Elements per block on the CPU: 1 MiB of float32, the measured optimum of eager torch."""
 
@@ -89,6 +91,8 @@ class Inputs(Protocol):
     compute: Literal["float32", "inputs"]
     """As in the recipe: `inputs` asks for the numbers of mergekit."""
     device: torch.device
+    kernels: Mode
+    """Which kernels may be used."""
     depth: float | None
     """Where the tensor stands in the model: 0 in the first layer, 1 in the last of its stack, None outside
     of the layers."""
@@ -101,6 +105,10 @@ class Inputs(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """All blocks in order; each call is one pass over the sources. May be left early."""
+        ...
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and stop of all blocks, in order; reads nothing."""
         ...
 
     def whole(self, index: int | None) -> Tensor:

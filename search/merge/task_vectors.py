@@ -53,6 +53,21 @@ def drop_all(delta: Tensor, start: int) -> None:
     delta.zero_()
 
 
+class ListedTrim:
+    """Zeroes the elements of a list.
+
+    Args:
+        dropped: (elements of the tensor,) bool.
+    """
+
+    def __init__(self, dropped: Tensor) -> None:
+        self.dropped = dropped
+
+    def __call__(self, delta: Tensor, start: int) -> None:
+        """Apply in place to the elements from `start` on."""
+        delta.masked_fill_(self.dropped[start : start + delta.numel()], 0.0)
+
+
 @dataclass(frozen=True)
 class TaskVectors:
     """base + scale * a sum of E_i = factors[i] trims[i](d_i), as an `Apply`.

@@ -157,7 +157,7 @@ class BreadcrumbsOperator(TrimmedOperator):
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         from search.merge.breadcrumbs import count_magnitudes
 
-        return count_magnitudes(inputs)
+        return {} if inputs.compute == "inputs" else count_magnitudes(inputs)
 
     def trim(
         self,

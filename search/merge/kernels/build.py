@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).with_name("native_code")
 
 FLAGS = (
     "-std=c++17",
@@ -73,7 +73,8 @@ def built() -> Path:
     """
     compiler = find_compiler()
     facts = "\n".join((*FLAGS, *compiler.command, compiler.version, _processor()))
-    name = hashlib.sha256(SOURCE.read_bytes() + b"\0" + facts.encode()).hexdigest()[:32]
+    code = b"\0".join(path.read_bytes() for path in (*_sources(), FOLDER / "common.h"))
+    name = hashlib.sha256(code + b"\0" + facts.encode()).hexdigest()[:32]
     folder = cache_folder()
     path = folder / f"{name}.so"
     if path.exists():
@@ -86,12 +87,16 @@ def built() -> Path:
     return path
 
 
+def _sources() -> list[Path]:
+    return sorted(FOLDER.glob("*.cpp"))
+
+
 def _compile(compiler: Compiler, path: Path) -> None:
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     os.close(handle)
     try:
         said = subprocess.run(
-            [*compiler.command, *FLAGS, "-o", part, str(SOURCE)],
+            [*compiler.command, *FLAGS, "-o", part, *map(str, _sources())],
             capture_output=True,
             text=True,
             timeout=COMPILE_SECONDS,
@@ -99,10 +104,10 @@ def _compile(compiler: Compiler, path: Path) -> None:
         if said.returncode != 0:
             lines = [line.strip() for line in said.stderr.splitlines() if line.strip()]
             reason = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
-            raise NoKernelsError(f"{compiler.version} cannot compile {SOURCE.name}: {reason}")
+            raise NoKernelsError(f"{compiler.version} cannot compile the kernels: {reason}")
         os.replace(part, path)
     except subprocess.TimeoutExpired:
-        raise NoKernelsError(f"{compiler.version} took more than {COMPILE_SECONDS:.0f} s for {SOURCE.name}") from None
+        raise NoKernelsError(f"{compiler.version} took more than {COMPILE_SECONDS:.0f} s for the kernels") from None
     except OSError as error:
         raise NoKernelsError(f"{compiler.version} cannot be run ({error})") from error
     finally:

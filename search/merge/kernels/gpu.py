@@ -14,8 +14,9 @@ from torch import Tensor
 from search.errors import UserError
 from search.merge.count_table import MagnitudeTrim
 from search.merge.kernels import Mode
-from search.merge.kernels.native import KEEP, MAGNITUDE, MASK, Stored, drops_all, trim_kind
+from search.merge.kernels.native import KEEP, LISTED, MAGNITUDE, MASK, Stored, drops_all, trim_kind
 from search.merge.masks import LEVELS, CounterMask
+from search.merge.narrow import NARROW
 from search.merge.operator import ROW_ELEMENTS, Apply
 from search.merge.task_vectors import TaskVectors
 from search.merge.weighted_sums import WeightedSum
@@ -76,7 +77,7 @@ def plan(
         constants |= {"FUSED": apply.fused, "DIVIDE": apply.divisor is not None}
     elif isinstance(apply, TaskVectors) and stored.base is not None and not apply.rescales_first:
         trim = trim_kind(apply.trims)
-        if trim is None:
+        if trim in (None, LISTED) or apply.inputs.dtype in NARROW:
             return None
         if trim == KEEP and any(map(drops_all, apply.trims)):
             trim = MASK

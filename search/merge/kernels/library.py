@@ -19,6 +19,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class Source(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
+        ("dropped", ctypes.c_void_p),
         ("key", ctypes.c_uint64),
         ("last", ctypes.c_int64),
         ("type", ctypes.c_int32),
@@ -27,6 +28,8 @@ class Source(ctypes.Structure):
         ("above", ctypes.c_float),
         ("factor", ctypes.c_float),
         ("weight", ctypes.c_float),
+        ("rescale", ctypes.c_float),
+        ("rounded", ctypes.c_int32),
     )
 
 
@@ -43,6 +46,7 @@ class Program(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("rounded", ctypes.c_int32),
         ("type", ctypes.c_int32),
+        ("narrow", ctypes.c_int32),
     )
 
 
@@ -69,7 +73,9 @@ def library(mode: Mode) -> ctypes.CDLL | None:
         return None
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     difference: list[Any] = [pointer, pointer, ctypes.c_int32]  # a source, the base and its type
-    loaded.meiosis_merge.argtypes = [pointer, whole, whole, pointer]
+    loaded.meiosis_merge.argtypes = loaded.meiosis_merge_narrow.argtypes = [pointer, whole, whole, pointer]
+    loaded.meiosis_sorted.argtypes = [pointer, whole, whole, whole, ctypes.c_int32, pointer]
+    loaded.meiosis_largest_of.argtypes = [pointer, whole, whole, pointer]
     loaded.meiosis_count.argtypes = [*difference, whole, whole, ctypes.c_int32, pointer]
     loaded.meiosis_count.restype = None
     loaded.meiosis_find.argtypes = [*difference, whole, ctypes.c_uint32, whole]

@@ -14,13 +14,14 @@ from search.merge.kernels import Mode
 from search.merge.kernels.library import TYPES, Program, Source, library
 from search.merge.kernels.threads import run_in_parts
 from search.merge.masks import LEVELS, CounterMask
+from search.merge.narrow import NARROW, round_to
 from search.merge.operator import Apply
-from search.merge.task_vectors import TaskVectors, Trim, drop_all, keep_all
+from search.merge.task_vectors import ListedTrim, TaskVectors, Trim, drop_all, keep_all
 from search.merge.weighted_sums import WeightedSum
 
 MOST_SOURCES = 64
 
-KEEP, MAGNITUDE, MASK = 0, 1, 2
+KEEP, MAGNITUDE, MASK, LISTED = 0, 1, 2, 3
 _FUSED, _PLAIN, _SUM, _ELECT = 0, 1, 2, 3
 
 
@@ -35,7 +36,7 @@ class NativeMerge:
     """One tensor's merge as the kernels do it: `write` fills ranges of the output."""
 
     def __init__(self, code: ctypes.CDLL, program: Program, held: Sequence[Any]) -> None:
-        self._code = code
+        self._merge = code.meiosis_merge_narrow if program.narrow else code.meiosis_merge
         self._program = program
         self._held = held  # what the program points to
 
@@ -44,7 +45,7 @@ class NativeMerge:
         address, step, size = out.data_ptr(), out.element_size(), ctypes.addressof(self._program)
 
         def part(first: int, last: int) -> None:
-            if self._code.meiosis_merge(size, start + first, start + last, address + first * step):
+            if self._merge(size, start + first, start + last, address + first * step):
                 raise AssertionError("the native kernels were given a program that they do not know")
 
         run_in_parts(stop - start, part)
@@ -66,11 +67,14 @@ def plan(
         return None
     if isinstance(apply, WeightedSum):
         program, sources = _weighted_sum(apply, stored)
-    elif isinstance(apply, TaskVectors) and stored.base is not None and not apply.rescales_first:
+    elif isinstance(apply, TaskVectors) and stored.base is not None:
+        narrow = apply.inputs.dtype in NARROW
         trims = trim_kind(apply.trims)
-        if trims is None:
+        if trims is None or (narrow and trims == MAGNITUDE) or (apply.rescales_first and not narrow):
             return None
         program, sources = _task_vectors(apply, stored, stored.base, trims)
+        if narrow:
+            _round_to(apply.inputs.dtype, apply, program, sources)
     else:
         return None
     code = library(mode)
@@ -78,7 +82,7 @@ def plan(
         return None
     program.sources, program.count = sources, len(sources)
     program.type, program.rounded = TYPES[target], TYPES[rounded or target]
-    return NativeMerge(code, program, (sources, *every))
+    return NativeMerge(code, program, (sources, apply, *every))
 
 
 def _weighted_sum(apply: WeightedSum, stored: Stored) -> tuple[Program, Any]:
@@ -106,10 +110,20 @@ def _task_vectors(apply: TaskVectors, stored: Stored, base: Tensor, trim: int) -
         elif isinstance(one, MagnitudeTrim) and one.trims:
             setattr(source, "from", one.bound)
             source.above, source.last = one.value, one.last
+        elif isinstance(one, ListedTrim):
+            source.dropped = one.dropped.data_ptr()
     program = Program(family=_ELECT if apply.elects else _SUM, trim=trim, divide=apply.divides)
     program.divisor, program.scale = apply.divisor, apply.scale
     program.base, program.base_type = base.data_ptr(), TYPES[base.dtype]
     return program, sources
+
+
+def _round_to(dtype: torch.dtype, apply: TaskVectors, program: Program, sources: Sequence[Source]) -> None:
+    """Make it a program that rounds at every step, as `search.merge.narrow` does."""
+    for source, factor, weight, rescale in zip(sources, apply.factors, apply.weights, apply.rescales, strict=True):
+        source.weight, source.rescale = round_to(weight, dtype), round_to(rescale, dtype)
+        source.factor = round_to(factor, dtype) if rescale == 1.0 else source.weight
+    program.divisor, program.narrow = round_to(apply.divisor, dtype), TYPES[dtype]
 
 
 def drops_all(trim: Trim) -> bool:
@@ -127,6 +141,8 @@ def trim_kind(trims: Sequence[Trim]) -> int | None:
             kinds.add(MASK)
         elif isinstance(trim, MagnitudeTrim):
             kinds.add(MAGNITUDE)
+        elif isinstance(trim, ListedTrim):
+            kinds.add(LISTED)
         else:
             return None
     return None if len(kinds) > 1 else kinds.pop() if kinds else KEEP

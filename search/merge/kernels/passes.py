@@ -78,7 +78,7 @@ def sum_masked(inputs: Inputs, index: int, key: int, level: int, scale: float) -
 
 
 def _difference(inputs: Inputs, index: int) -> _Difference | None:
-    if not isinstance(inputs, TensorInputs) or inputs.dtype != torch.float32 or inputs.device.type != "cpu":
+    if not isinstance(inputs, TensorInputs) or inputs.dtype not in TYPES or inputs.device.type != "cpu":
         return None
     stored = inputs.stored
     if stored is None or stored[1] is None:
@@ -90,5 +90,5 @@ def _difference(inputs: Inputs, index: int) -> _Difference | None:
     if code is None:
         return None
     inputs.count_bytes(tensor, base)
-    source = Source(data=tensor.data_ptr(), type=TYPES[tensor.dtype])
+    source = Source(data=tensor.data_ptr(), type=TYPES[tensor.dtype], rounded=TYPES[inputs.dtype])
     return _Difference(code, source, base.data_ptr(), TYPES[base.dtype], inputs.numel)

@@ -48,8 +48,7 @@ def _pool_of(threads: int) -> ThreadPoolExecutor:
     global _pool, _threads
     with _guard:
         if _pool is None or threads > _threads:
-            if _pool is not None:
-                _pool.shutdown(wait=True)
+            # One that is in use elsewhere ends with its last task.
             _pool, _threads = ThreadPoolExecutor(threads - 1, thread_name_prefix="merge"), threads
         return _pool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from search.merge.operator import Apply, Inputs, Operator, Parameter
@@ -16,6 +16,10 @@ OPPOSITE = -1.0 + 1e-14
 
 TINY_ANGLE = 1e-15
 """A point nearer to the mean than this pulls no further, whatever the tolerance."""
+
+
+PIECE_ELEMENTS = 1 << 16
+"""Elements of several vectors handled at once."""
 
 
 class Karcher(Operator):
@@ -140,24 +144,37 @@ def _mean(space: _Space, steps: int, tol: float) -> Tensor:
 
     mean = torch.zeros_like(space.points[0])
     for point in space.points:
-        mean = mean + space.share * point
+        for m, p in _pieces(mean, point):
+            m.add_(space.share * p)
     size = space.length(mean)
-    mean = space.points[0].clone() if size < tol or not size else mean / size
+    if size < tol or not size:
+        mean.copy_(space.points[0])
+    else:
+        mean.div_(size)
+    step = torch.empty_like(mean)
     for _ in range(steps):
-        step = torch.zeros_like(mean)
+        step.zero_()
         for point in space.points:
             cosine = space.number(max(-1.0, min(1.0, space.dot(mean, point))))
             angle = space.of("acos", cosine)
             if angle < max(tol, TINY_ANGLE) or cosine < OPPOSITE:
                 continue
-            stretch = space.number(angle / space.of("sin", angle))
-            step = step + space.number(space.share * stretch) * (point - cosine * mean)
+            factor = space.number(space.share * space.number(angle / space.of("sin", angle)))
+            for s, p, m in _pieces(step, point, mean):
+                s.add_((cosine * m).neg_().add_(p).mul_(factor))
         size = space.length(step)
         if size < tol or not size:
             break
-        mean = space.of("cos", size) * mean + space.of("sin", size) * (step / size)
-        mean = mean / space.length(mean)
+        cosine, sine = space.of("cos", size), space.of("sin", size)
+        for m, s in _pieces(mean, step):
+            m.mul_(cosine).add_(s.div_(size).mul_(sine))
+        mean.div_(space.length(mean))
     return mean
+
+
+def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of the vectors that stay in the processor's cache from one operation to the next."""
+    return zip(*(vector.split(PIECE_ELEMENTS) for vector in vectors), strict=True)
 
 
 PLUGIN = Karcher()

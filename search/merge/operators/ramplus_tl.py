@@ -63,6 +63,8 @@ class RamPlusTensorLevel(Operator):
 
 def _counts(inputs: Inputs, epsilon: float) -> list[tuple[int, int]]:
     """Per source: how many elements it changed alone, and how many together with others."""
+    import torch
+
     from search.merge.rows import task_vectors
     from search.merge.shared_changes import count_changes
 
@@ -73,10 +75,10 @@ def _counts(inputs: Inputs, epsilon: float) -> list[tuple[int, int]]:
             deltas = task_vectors(inputs, block)
             changed = count_changes(inputs, deltas, epsilon)
             for counts, delta in zip(found, deltas, strict=True):
-                among = changed[delta != 0.0]
-                alone = int((among == 1.0).sum())
+                touched = delta != 0.0
+                alone = int(torch.count_nonzero(touched & (changed == 1.0)))
                 counts[0] += alone
-                counts[1] += among.numel() - alone
+                counts[1] += int(torch.count_nonzero(touched)) - alone
         inputs.cache[key] = [(alone, together) for alone, together in found]
     result: list[tuple[int, int]] = inputs.cache[key]
     return result

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from search.merge.operator import Apply, Block, Inputs, Operator, Parameter
 
@@ -49,6 +49,8 @@ class Sce(Operator):
 
         from search.merge.rankings import count
 
+        if inputs.compute == "inputs":  # sorts what it needs
+            return {"energies": _energies(inputs, None)}
         varying = sum(int(torch.count_nonzero(_variance(inputs, block))) for block in inputs.blocks())
         table = count(inputs, lambda block: _variance(inputs, block))
         return {"energies": _energies(inputs, None), "varying": torch.tensor(varying), **table}
@@ -70,9 +72,8 @@ class Sce(Operator):
             select = None
             energies = known["energies"] if known else _energies(inputs, None)
         else:
-            known = known or self.prepare(inputs)
-            select = _Selection(inputs, known, int(topk * int(known["varying"])))
-            key = ("sce", inputs.name, inputs.models, inputs.base, inputs.dtype, select.count)
+            select = _select(inputs, known or self.prepare(inputs), topk)
+            key = ("sce", inputs.name, inputs.models, inputs.base, inputs.dtype, select.number)
             if key not in inputs.cache:
                 inputs.cache[key] = _energies(inputs, select)
             energies = inputs.cache[key]
@@ -80,56 +81,66 @@ class Sce(Operator):
         dtype = wide(inputs.dtype)
 
         def apply(block: Block, out: Tensor) -> None:
+            # Products with 0, 1 and -1: passes over bools take many times as long.
             elements = out.numel()
-            dropped = None if select is None else select.dropped(block)
+            kept = None if select is None else inputs.scratch("kept")[:elements].copy_(select.kept(block))
             deltas = task_vectors(inputs, block)
             summed = inputs.scratch("sum", dtype)[:elements].zero_()
             for delta in deltas:
-                if dropped is not None:
-                    delta.masked_fill_(dropped, 0.0)
+                if kept is not None:
+                    delta.mul_(kept)
                 summed += delta
-            positive = summed.to(out.dtype) >= 0.0
+            sign = inputs.scratch("sign")[:elements].copy_(summed).add_(0.0)  # of -0 it is +
+            torch.copysign(torch.ones_like(sign), sign, out=sign)
             summed.zero_()
             share = inputs.scratch("share", dtype)[:elements].zero_()
+            agrees = inputs.scratch("agrees")[:elements]
             for delta, weight in zip(deltas, weights, strict=True):
-                agrees = torch.where(positive, delta > 0.0, delta < 0.0)
-                share += agrees * weight
-                summed += delta.mul_(weight).masked_fill_(~agrees, 0.0)
+                delta.mul_(sign).clamp_min_(0.0)
+                share.add_(torch.sign(delta, out=agrees), alpha=weight)
+                summed += delta.mul_(weight)
+            summed.mul_(sign)
             torch.div(summed.to(out.dtype), share.to(out.dtype).clamp_min_(TINY), out=out)
-            out.add_(block.base)
+            out.add_(0.0).add_(block.base)
 
         return apply
 
 
-class _Selection:
-    """The `count` elements of the largest variance."""
+class _Selection(NamedTuple):
+    """The elements of the largest variance.
 
-    def __init__(self, inputs: Inputs, prepared: Mapping[str, Tensor], count: int) -> None:
-        import torch
+    Attributes:
+        number: of them.
+        kept: block -> (elements,) bool.
+    """
 
-        from search.merge.rankings import EVERYTHING, NOTHING, cuts
+    number: int
+    kept: Callable[[Block], Tensor]
 
-        self.count = count
-        self._inputs = inputs
-        self._whole: Tensor | None = None
-        table = {name: prepared[name] for name in ("counts", "first") if name in prepared}
-        rank = inputs.numel - count
-        key = ("sce cut", inputs.name, inputs.models, inputs.base, inputs.dtype, rank)
-        if key not in inputs.cache:
-            inputs.cache[key] = cuts(inputs, lambda block: _variance(inputs, block), table, [rank])[rank]
-        self._cut = inputs.cache[key]
-        if inputs.compute != "inputs" or self._cut in (EVERYTHING, NOTHING) or not self._cut.index:
-            return
+
+def _select(inputs: Inputs, prepared: Mapping[str, Tensor], topk: float) -> _Selection:
+    import torch
+
+    from search.merge.kernels.order import all_but_largest
+    from search.merge.rankings import cuts
+    from search.merge.rows import wide
+
+    if inputs.compute == "inputs":
         # Which of equal variances stay is up to torch, here as in mergekit.
-        variances = torch.cat([_variance(inputs, block).clone() for block in inputs.blocks()])
-        self._whole = torch.ones(inputs.numel, dtype=torch.bool, device=inputs.device)
-        self._whole[variances.topk(count).indices] = False
-
-    def dropped(self, block: Block) -> Tensor:
-        if self._whole is not None:
-            return self._whole[block.start : block.stop]
-        kept: Tensor = self._cut.at_or_above(_variance(self._inputs, block), block.start)
-        return kept.logical_not_()
+        variances = torch.empty(inputs.numel, dtype=wide(inputs.dtype), device=inputs.device)
+        for block in inputs.blocks():
+            variances[block.start : block.stop] = _variance(inputs, block)
+        count = int(topk * int(torch.count_nonzero(variances)))
+        listed = all_but_largest(variances, count, mode=inputs.kernels).logical_not_()
+        return _Selection(count, lambda block: listed[block.start : block.stop])
+    count = int(topk * int(prepared["varying"]))
+    table = {name: prepared[name] for name in ("counts", "first") if name in prepared}
+    rank = inputs.numel - count
+    key = ("sce cut", inputs.name, inputs.models, inputs.base, inputs.dtype, rank)
+    if key not in inputs.cache:
+        inputs.cache[key] = cuts(inputs, lambda block: _variance(inputs, block), table, [rank])[rank]
+    cut = inputs.cache[key]
+    return _Selection(count, lambda block: cut.at_or_above(_variance(inputs, block), block.start))
 
 
 def _variance(inputs: Inputs, block: Block) -> Tensor:
@@ -164,10 +175,10 @@ def _energies(inputs: Inputs, select: _Selection | None) -> Tensor:
     whole = inputs.compute == "inputs"
     squares = [torch.empty(inputs.numel if whole else 0, dtype=inputs.dtype, device=inputs.device) for _ in rows]
     for block in inputs.blocks():
-        dropped = None if select is None else select.dropped(block)
+        kept = None if select is None else inputs.scratch("kept")[: block.stop - block.start].copy_(select.kept(block))
         for index, delta in enumerate(task_vectors(inputs, block)):
-            if dropped is not None:
-                delta.masked_fill_(dropped, 0.0)
+            if kept is not None:
+                delta.mul_(kept)
             if whole:
                 torch.square(delta, out=squares[index][block.start : block.stop])
             else:

@@ -48,7 +48,7 @@ class Ties(TrimmedOperator):
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         from search.merge.count_table import prepare_thresholds
 
-        return prepare_thresholds(inputs)
+        return {} if inputs.compute == "inputs" else prepare_thresholds(inputs)
 
     def trim(
         self,
@@ -57,18 +57,20 @@ class Ties(TrimmedOperator):
         per_source: tuple[Mapping[str, Any], ...],
         rescale: bool,
     ) -> Trimmed:
-        from search.merge.count_table import MagnitudeTrim, SortTrim, find_thresholds
+        from search.merge.count_table import MagnitudeTrim, find_thresholds
+        from search.merge.rankings import keep_ranks
         from search.merge.task_vectors import Trim, drop_all, keep_all, rescaled
 
         size = inputs.numel
         kept = [_kept(float(values["density"]), size) for values in per_source]
-        thresholds = find_thresholds(inputs, prepared, {i: k for i, k in enumerate(kept) if 0 < k < size})
+        wanted = {i: k for i, k in enumerate(kept) if 0 < k < size}
+        thresholds = find_thresholds(inputs, prepared, wanted) if inputs.compute != "inputs" else {}
 
         def trim_of(index: int, k: int) -> Trim:
-            if index not in thresholds:
+            if index not in wanted:
                 return keep_all if k else drop_all
-            if inputs.compute == "inputs" and thresholds[index].last < size - 1:
-                return SortTrim(inputs, index, k)
+            if inputs.compute == "inputs":
+                return keep_ranks(inputs, index, 0, k, descending=True)
             return MagnitudeTrim(thresholds[index], inputs.dtype)
 
         trims = [trim_of(index, k) for index, k in enumerate(kept)]

@@ -1,63 +1,10 @@
-// One pass over raw storage: read the sources, merge in float32, round, store. Plain C ABI, no dependencies.
-//
-// The arithmetic is that of the torch path, operation by operation, so that both give the same bits:
-// products are rounded before they are added (compile with -ffp-contract=off) but for the fused weighted
-// sum, which multiplies and adds at once.
+// One pass over raw storage: read the sources, merge in float32, round, store.
 //
 // Work goes by rows of ROW elements. Where all tensors are float32, or all bfloat16, a row is merged from
-// where it lies; any other row (mixed types, the odd end of a tensor, the row in which the equals of a
-// threshold end) is first copied into float32 rows on the stack, which gives the same bits.
+// where it lies; any other row (mixed types, the odd end of a tensor, elements that are dropped one by one) is
+// first copied into float32 rows, which gives the same bits.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-namespace {
-
-constexpr int64_t ROW = 1024;                  // search.merge.operator.ROW_ELEMENTS: `start` is a multiple
-constexpr int64_t SEGMENT = int64_t(1) << 20;  // search.merge.masks: elements that share a pair of keys
-constexpr int64_t STEP = 16;                   // elements at a time
-constexpr int64_t AHEAD = 1536;                // bytes that are asked for ahead, in each stream
-constexpr int MOST = 64;                       // sources
-
-enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
-enum Trim : int32_t { KEEP = 0, MAGNITUDE = 1, MASK = 2 };
-enum Family : int32_t { FUSED = 0, PLAIN = 1, SUM = 2, ELECT = 3 };
-
-}  // namespace
-
-extern "C" {
-
-struct Source {
-    const void* data;
-    uint64_t key;    // MASK: of the stream
-    int64_t last;    // MAGNITUDE: elements up to here keep abs > from, those beyond abs > above
-    int32_t type;
-    uint32_t level;  // MASK: elements with u < level stay
-    float from, above;
-    float factor;    // of the values, or of the trimmed task vector
-    float weight;    // ELECT with `divide`: what an element that agrees adds to the divisor
-};
-
-struct Program {
-    const Source* sources;
-    const void* base;  // null for weighted sums
-    int32_t base_type;
-    int32_t count;     // of sources, 1 to MOST
-    int32_t family;
-    int32_t trim;      // of all sources
-    int32_t divide;    // by `divisor`; ELECT: by the sum of the weights that agree
-    float divisor;
-    float scale;       // of what is added to the base
-    int32_t rounded;   // type that results are rounded to before they become `type`
-    int32_t type;      // of the output
-};
-
-}  // extern "C"
+#include "common.h"
 
 namespace {
 
@@ -78,12 +25,6 @@ struct Two {  // sixteen elements: the first and the last eight, or the even and
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (I){__VA_ARGS__})
 #endif
 
-template <class X> inline X load(const void* from) {
-    X x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-template <class X> inline void save(void* to, X x) { std::memcpy(to, &x, sizeof x); }
 inline V all(float x) { return V{x, x, x, x, x, x, x, x}; }
 inline U all(uint32_t x) { return U{x, x, x, x, x, x, x, x}; }
 inline U bits(V x) { return reinterpret_cast<U>(x); }
@@ -196,28 +137,6 @@ template <class T, int K, bool FUSE> void weighted_row(const Program& p, const R
         if (divide) sum = {sum.a / all(divisor), sum.b / all(divisor)};
         T::write(out + here, sum);
     }
-}
-
-struct MaskKeys {
-    uint32_t first, second;
-};
-
-MaskKeys mask_keys(uint64_t key, int64_t segment) {  // the finaliser of SplitMix64
-    uint64_t z = key + (uint64_t(segment) + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-    return {uint32_t(z), uint32_t(z >> 32)};
-}
-
-template <class W> inline W mask_word(W x, W second) {
-    x ^= x >> 16;
-    x *= 0x21f0aaadu;
-    x ^= x >> 15;
-    x ^= second;
-    x *= 0x735a2d97u;
-    x ^= x >> 15;
-    return x;
 }
 
 inline V shrink(V d, float bound) {  // keeps what is no number
@@ -345,56 +264,6 @@ template <class T> void merge_row(const Program& p, const Row& row, char* out) {
 
 // --- rows that are copied first
 
-inline float from_bits(uint32_t bits) { return load<float>(&bits); }
-inline uint32_t to_bits(float x) { return load<uint32_t>(&x); }
-
-float half_to_float(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = h & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));  // exact, subnormal numbers too
-}
-
-uint16_t float_to_half(float x) {
-    const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-    if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds beyond the largest
-    if (rest < 0x38800000u)                                    // subnormal: the addition rounds to even
-        return uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000u));
-    return uint16_t(sign | (rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13);
-}
-
-uint16_t float_to_bfloat(float x) {
-    const uint32_t bits = to_bits(x);
-    return uint16_t(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-void widen(const void* data, int32_t type, int64_t start, int64_t n, float* __restrict out) {
-    const uint16_t* narrow = static_cast<const uint16_t*>(data) + start;
-    int64_t i = 0;
-    if (type == F32) {
-        std::memcpy(out, static_cast<const float*>(data) + start, size_t(n) * 4);
-    } else if (type == BF16) {
-        for (; i < n; ++i) out[i] = from_bits(uint32_t(narrow[i]) << 16);
-    } else {
-#if defined(__F16C__)
-        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(load<__m128i>(narrow + i)));
-#endif
-        for (; i < n; ++i) out[i] = half_to_float(narrow[i]);
-    }
-}
-
-void narrow(const float* in, int32_t type, int64_t n, uint16_t* __restrict out) {
-    int64_t i = 0;
-    if (type == BF16) {
-        for (; i < n; ++i) out[i] = float_to_bfloat(in[i]);
-    } else {
-#if defined(__F16C__)
-        for (; i + 8 <= n; i += 8) save(out + i, _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-        for (; i < n; ++i) out[i] = float_to_half(in[i]);
-    }
-}
-
 void copied_row(const Program& p, int64_t start, int64_t n, float* out, float* room) {
     Program plain = p;
     Row row;
@@ -408,30 +277,16 @@ void copied_row(const Program& p, int64_t start, int64_t n, float* out, float* r
         float* x = room + (s + 1) * ROW;
         widen(source.data, source.type, start, n, x);
         row.sources[s] = reinterpret_cast<const char*>(x);
+        if (p.trim == LISTED && source.dropped)
+            for (int64_t i = 0; i < n; ++i) x[i] = source.dropped[start + i] ? base[i] : x[i];
         if (p.trim != MAGNITUDE) continue;
         for (int64_t i = 0; i < n; ++i) {
             const float bound = start + i > source.last ? source.above : source.from;
             x[i] = std::fabs(x[i] - base[i]) <= bound ? base[i] : x[i];  // a difference of 0 is one dropped
         }
     }
-    if (p.trim == MAGNITUDE) plain.trim = KEEP;
+    if (p.trim != MASK) plain.trim = KEEP;
     merge_row<Float>(plain, row, reinterpret_cast<char*>(out));
-}
-
-// --- output
-
-void store(const Program& p, float* values, char* target, int64_t n) {
-    uint16_t halves[ROW];
-    if (p.rounded != p.type && p.rounded != F32) {
-        narrow(values, p.rounded, n, halves);
-        widen(halves, p.rounded, 0, n, values);
-    }
-    if (p.type == F32) {
-        std::memcpy(target, values, size_t(n) * 4);
-        return;
-    }
-    narrow(values, p.type, n, halves);
-    std::memcpy(target, halves, size_t(n) * 2);
 }
 
 bool is_uniform(const Program& p) {
@@ -441,7 +296,8 @@ bool is_uniform(const Program& p) {
     return true;
 }
 
-bool ends_equals(const Program& p, int64_t start) {  // whether a trim changes its bound within this row
+bool trims_by_element(const Program& p, int64_t start) {  // such as where a bound changes within this row
+    if (p.trim == LISTED) return true;
     if (p.trim == MAGNITUDE)
         for (int s = 0; s < p.count; ++s)
             if (p.sources[s].last >= start && p.sources[s].last < start + ROW - 1) return true;
@@ -462,7 +318,7 @@ extern "C" int meiosis_merge(const Program* program, int64_t start, int64_t stop
     for (int64_t at = start; at < stop; at += ROW) {
         const int64_t n = stop - at < ROW ? stop - at : ROW;
         char* here = target + (at - start) * size;
-        if (!uniform || n % STEP || ends_equals(p, at)) {
+        if (!uniform || n % STEP || trims_by_element(p, at)) {
             copied_row(p, at, n, out, room);
             store(p, out, here, n);
             continue;
@@ -478,76 +334,4 @@ extern "C" int meiosis_merge(const Program* program, int64_t start, int64_t stop
             merge_row<Bfloat>(p, row, here);
     }
     return 0;
-}
-
-// --- what depends on one task vector: counts of magnitudes, sums of what masks keep
-
-namespace {
-
-template <class Work> void each_delta(const Source& source, const void* base, int32_t base_type, int64_t start,
-                                      int64_t stop, Work work) {
-    float x[ROW], b[ROW];
-    for (int64_t at = start; at < stop; at += ROW) {
-        const int64_t n = stop - at < ROW ? stop - at : ROW;
-        widen(source.data, source.type, at, n, x);
-        widen(base, base_type, at, n, b);
-        for (int64_t i = 0; i < n; ++i) x[i] = std::fabs(x[i] - b[i]);
-        work(at, n, x);
-    }
-}
-
-}  // namespace
-
-// Adds to counts[upper 15 bits of a magnitude] or, for upper >= 0, to counts[lower 16 bits] where the upper are these.
-extern "C" void meiosis_count(const Source* source, const void* base, int32_t base_type, int64_t start, int64_t stop,
-                              int32_t upper, int64_t* counts) {
-    each_delta(*source, base, base_type, start, stop, [&](int64_t, int64_t n, const float* x) {
-        if (upper < 0)
-            for (int64_t i = 0; i < n; ++i) ++counts[to_bits(x[i]) >> 16];
-        else
-            for (int64_t i = 0; i < n; ++i)
-                if (to_bits(x[i]) >> 16 == uint32_t(upper)) ++counts[to_bits(x[i]) & 0xffffu];
-    });
-}
-
-// Flat index of the `rank`-th element, from 1, in order of index, with just this magnitude; -1 if there are fewer.
-extern "C" int64_t meiosis_find(const Source* source, const void* base, int32_t base_type, int64_t stop, uint32_t bits,
-                                int64_t rank) {
-    int64_t found = -1;
-    for (int64_t at = 0; at < stop && found < 0; at += 64 * ROW) {
-        const int64_t end = at + 64 * ROW < stop ? at + 64 * ROW : stop;
-        each_delta(*source, base, base_type, at, end, [&](int64_t first, int64_t n, const float* x) {
-            for (int64_t i = 0; i < n; ++i)
-                if (to_bits(x[i]) == bits && --rank == 0) found = first + i;
-        });
-    }
-    return found;
-}
-
-extern "C" float meiosis_largest(const Source* source, const void* base, int32_t base_type, int64_t start,
-                                 int64_t stop) {
-    uint32_t largest = 0;  // magnitudes order as their bits do, and what is no number comes last
-    each_delta(*source, base, base_type, start, stop, [&](int64_t, int64_t n, const float* x) {
-        for (int64_t i = 0; i < n; ++i) largest = to_bits(x[i]) > largest ? to_bits(x[i]) : largest;
-    });
-    return from_bits(largest);
-}
-
-// Adds floor(scale * magnitude) to sums[u / 64] for every element, and to sums[1024] where u < source->level.
-extern "C" void meiosis_mask_sums(const Source* source, const void* base, int32_t base_type, int64_t start,
-                                  int64_t stop, double scale, int64_t* sums) {
-    each_delta(*source, base, base_type, start, stop, [&](int64_t at, int64_t n, const float* x) {
-        const MaskKeys keys = mask_keys(source->key, at / SEGMENT);
-        uint32_t words[ROW / 2];
-        for (int64_t i = 0; i < ROW / 2; ++i)
-            words[i] = mask_word(keys.first + uint32_t(at % SEGMENT / 2 + i), keys.second) ^ 0x80008000u;
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t u = words[i / 2] >> 16 * (i % 2) & 0xffffu;
-            const int64_t size = int64_t(scale * double(x[i]));
-            sums[u >> 6] += size;
-            kept += u < source->level ? size : 0;
-        }
-        sums[1024] += kept;
-    });
 }
