@@ -35,6 +35,7 @@ except build.NoKernelsError:
 native_only = pytest.mark.skipif(not WITH_COMPILER, reason="needs a C++ compiler")
 
 FAST = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+TRIMMED = ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 
 
@@ -77,7 +78,7 @@ def merge(recipe: Recipe, models: dict[str, Tensor], target: Tensor, kernels: An
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Recipe, dict[str, Tensor], torch.dtype]:
-    operator = draw(st.sampled_from(FAST))
+    operator = draw(st.sampled_from(FAST + TRIMMED))
     known = {parameter.name: parameter for parameter in OPERATORS.get(operator).parameters}
     count = 2 if operator == "slerp" else draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9]))
     size = draw(st.sampled_from([1, 15, 16, 17, 1000, 1024, 1040, 3000, 5 * 1024]))
@@ -91,7 +92,8 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, dict[str, Tensor], torch.dtype]:
         if "weight" in known:
             values["weight"] = draw(weights)
         if "density" in known:
-            values["density"] = draw(densities)
+            # DELLA's probabilities lie 0.15 around the density.
+            values["density"] = draw(st.floats(0.2, 0.8) if operator.startswith("della") else densities)
     if operator == "linear":  # which divides by the sum of its weights
         assume(abs(sum(values["weight"] for values in sources.values())) > 1e-3)
     shared: dict[str, Any] = {
@@ -115,7 +117,7 @@ def cases(draw: st.DrawFn) -> tuple[Recipe, dict[str, Tensor], torch.dtype]:
 
 @native_only
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_native_kernels_give_the_bits_of_plain_torch(case: tuple[Recipe, dict[str, Tensor], torch.dtype]) -> None:
     recipe, models, dtype = case
     size = models["base"].numel()
@@ -125,17 +127,27 @@ def test_native_kernels_give_the_bits_of_plain_torch(case: tuple[Recipe, dict[st
 
 
 @native_only
-@pytest.mark.parametrize("operator", FAST)
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_native_kernels_are_what_merges_these_operators(operator: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("operator", "dtype", "compute"),
+    [
+        *((operator, dtype, "float32") for operator in FAST for dtype in ("f32", "bf16")),
+        *((operator, "bf16", "inputs") for operator in (*FAST, *TRIMMED) if operator != "slerp"),
+    ],
+)
+def test_native_kernels_are_what_merges_these_operators(operator: str, dtype: str, compute: str) -> None:
     models = models_of(2, 2048, [dtype])
-    values = {p.name: 0.5 for p in OPERATORS.get(operator).parameters if p.scope == "source"}
+    values = {
+        p.name: 0.1 if p.name in ("gamma", "epsilon") else 0.5
+        for p in OPERATORS.get(operator).parameters
+        if p.scope == "source"
+    }
     shared = {"t": 0.3} if operator == "slerp" else {}
     engine = Merger({name: InMemoryTensors({"w": tensor}) for name, tensor in models.items()}, kernels="native")
     calls = []
     merge_at_once = engine._merge_at_once
     engine._merge_at_once = lambda *given: calls.append(merge_at_once(*given)) or calls[-1]  # type: ignore[method-assign]
-    engine.merge_into(recipe_of(operator, {"m0": values, "m1": values}, shared), {"w": models["base"].clone()})
+    recipe = recipe_of(operator, {"m0": values, "m1": values}, shared, compute=compute, seed=0)
+    engine.merge_into(recipe, {"w": models["base"].clone()})
     assert calls == [True]
 
 

@@ -144,6 +144,23 @@ def merge_file(folder: Path, method: str, dtype: str) -> tuple[Path, list[str]]:
     return path, names
 
 
+def recipe_file(folder: Path, method: str, dtype: str) -> Path:
+    """The same merge as a recipe, which computes in float32 and rounds once."""
+    count, base, per_model, shared = METHODS[method]
+    names = ["base", "a"] if method == "slerp" else list(SOURCES[:count])
+    content: dict[str, Any] = {
+        "models": {name: {"path": str(folder / name)} for name in dict.fromkeys([*(["base"] if base else []), *names])},
+        "rules": [{"operator": method, "sources": {n: dict(per_model) for n in names}, "parameters": dict(shared)}],
+        "seed": 0,
+        "dtype": dtype,
+    }
+    if base:
+        content["base"] = "base"
+    path = folder / f"{method}-recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
 @dataclass(frozen=True)
 class Ran:
     """One process: wall time, most resident memory (with mapped pages) and most private memory, both sampled.
@@ -223,8 +240,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows by dtype and method.
 
-    Columns: seconds of our merge (`ours`), of one that also hashes its sources (`hashed`), of mergekit and of the
-    copy; `start` is what a merge of a tiny model takes.
+    Columns: seconds of our merge of that file (`ours`: rounded as mergekit rounds), of the same merge as a recipe
+    (`recipe`), of mergekit and of the copy; `start` is what a merge of a tiny model takes.
     """
     rows = []
     out, cache = folder / "out", folder / "cache"
@@ -258,7 +275,7 @@ def measure(
                 output = parameters * getattr(torch, dtype).itemsize
                 found.setdefault("copy", []).append(copy_seconds(inputs, output, folder / "copy"))
                 found.setdefault("ours", []).append(ours(file))
-                found.setdefault("hashed", []).append(ours(file, "--hash"))
+                found.setdefault("recipe", []).append(ours(recipe_file(here, method, dtype)))
                 if peer.command:
                     found.setdefault("mergekit", []).append(theirs(file))
             rows.append(

@@ -45,13 +45,13 @@ def write_tables(
         "",
         "## One-shot: checkpoints on disk",
         "",
-        f"Llama-like models of {parameters:.0f} million parameters, the same merge file for both tools, files in the "
-        "page cache.",
+        f"Llama-like models of {parameters:.0f} million parameters, files in the page cache.",
         "",
         "- `copy`: `cp` of all inputs and of a file of the output's size until all of it is on the disk, as our output "
         "is when the command ends; the ratio in brackets is to `cp` as it returns.",
-        "- `ours` looks for NaN in the sources on the way; `hashed` takes their hashes too (`--hash`).",
-        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / ours is of whole "
+        "- `recipe`: the method as a recipe of ours, which computes in float32 and rounds once; `file`: the merge file "
+        "that mergekit gets, rounded at every step as mergekit rounds. Both look for NaN in the sources on the way.",
+        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / file is of whole "
         "processes, in brackets without the start of both.",
         "- `peak`: most resident memory, mapped pages included; `private`: most memory that no file backs; sampled.",
         "",
@@ -85,14 +85,14 @@ def write_tables(
 def one_shot_table(rows: Rows) -> list[str]:
     """The one-shot part in Markdown: no absolute time without its ratio."""
     lines = [
-        "| dtype | method | models | copy, s | ours, s | ours / copy | hashed, s | hashed / copy | start, s | "
-        "mergekit, s | mergekit / ours | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
+        "| dtype | method | models | copy, s | recipe, s | recipe / copy | file, s | file / copy | start, s | "
+        "mergekit, s | mergekit / file | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         copy = row["copy_synced_s"]
         cells = [row["dtype"], row["method"], str(row["models"]), f"{copy:.2f}"]
-        for name in ("ours", "hashed"):
+        for name in ("recipe", "ours"):
             seconds = row[f"{name}_s"]
             both = [row[f"{name}_failed"], ""] if seconds is None else [f"{seconds:.2f}", _ratio(seconds, row)]
             cells += both
