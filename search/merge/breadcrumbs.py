@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from search.merge.kernels.passes import Place, all_but_between, element_at_rank
 from search.merge.operator import Block, Inputs
 from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts, keep_ranks
-from search.merge.task_vectors import Trim, Trimmed, drop_all, keep_all, rescaled
+from search.merge.task_vectors import ListedTrim, Trim, Trimmed, drop_all, keep_all, rescaled
 
 
 def count_magnitudes(inputs: Inputs, index: int = 0) -> dict[str, Tensor]:
@@ -44,7 +45,10 @@ def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, hig
     if high - low == inputs.numel:
         return keep_all
     if inputs.compute == "inputs":
-        return keep_ranks(inputs, index, low, high, descending=False)
+        return keep_ranks(inputs, index, low, high, "ascending")
+    listed = _list(inputs, index, low, high)
+    if listed is not None:
+        return listed
     place = ("breadcrumbs", inputs.name, inputs.base, inputs.models[index], inputs.dtype)
     missing = [rank for rank in (low, high) if (*place, rank) not in inputs.cache]
     found: dict[int, Cut] = cuts(inputs, lambda block: _magnitudes(inputs, block, index), table, missing)
@@ -62,6 +66,21 @@ def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, hig
                 part.copy_(part.sub_(above) if drops_above else above)
 
     return trim
+
+
+def _list(inputs: Inputs, index: int, low: int, high: int) -> Trim | None:
+    """The trim by native code, for large tensors."""
+    key = ("breadcrumbs places", inputs.name, inputs.base, inputs.models[index], inputs.dtype)
+    places: list[Place | None] = []
+    for rank in (low, high):
+        outside = rank in (0, inputs.numel)
+        if not outside and (*key, rank) not in inputs.cache:
+            inputs.cache[*key, rank] = element_at_rank(inputs, index, rank)
+        places.append(None if outside else inputs.cache[*key, rank])
+        if places[-1] is None and not outside:
+            return None
+    dropped = all_but_between(inputs, index, *places)
+    return None if dropped is None else ListedTrim(dropped)
 
 
 def _below(value: float, dtype: torch.dtype) -> float:

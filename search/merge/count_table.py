@@ -1,7 +1,8 @@
 """The k largest magnitudes of a task vector, exactly, without sorting at every candidate.
 
 Once per node (`prepare`) the magnitudes are sorted, and the thresholds of all densities that are a multiple
-of 1/1024 are kept; searches move on that grid. Any other k is found by counting: one pass counts the upper
+of 1/1024 are kept; searches move on that grid. For any other k of a large tensor one pass of native code is enough
+(`search.merge.kernels.passes`). Else it is found by counting: one pass counts the upper
 bits of abs(float32 delta), which names the bin that holds the k-th largest magnitude, one more the lower
 bits within that bin, which gives the value itself. Equal values at the threshold are kept in order of their
 index, lowest first, until k are kept; a further pass finds the last of them, if not all fit.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from search.merge.kernels.passes import count_magnitudes, find_equal
+from search.merge.kernels.passes import count_magnitudes, element_at_rank, find_equal
 from search.merge.operator import Block, Inputs
 
 GRID = 1024
@@ -97,6 +98,11 @@ def find_thresholds(
             found[index] = inputs.cache[keys[index]]
         else:
             missing[index] = k
+    for index, k in dict(missing).items():
+        element = element_at_rank(inputs, index, k - 1, largest_first=True)
+        if element is not None:
+            found[index] = inputs.cache[keys[index]] = Threshold(_number(element.bits), element.flat)
+            del missing[index]
     if missing:
         select = _select_directly if inputs.dtype == torch.float64 else _select_by_counts
         for index, threshold in select(inputs, missing).items():
@@ -142,8 +148,13 @@ def _select_by_counts(inputs: Inputs, wanted: Mapping[int, int]) -> dict[int, Th
         if bits[index] and left != int(lower[index][position]):
             spare[index] = left
     last = _last_of_equals(inputs, bits, spare) if spare else {}
-    values = {index: float(torch.tensor([one], dtype=torch.int32).view(torch.float32)) for index, one in bits.items()}
+    values = {index: _number(one) for index, one in bits.items()}
     return {index: Threshold(value, last.get(index, inputs.numel - 1)) for index, value in values.items()}
+
+
+def _number(bits: int) -> float:
+    """The float32 with these bits."""
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
 
 
 def _count(inputs: Inputs, uppers: Mapping[int, int]) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from search.merge.kernels.order import all_but_ranks
+from search.merge.kernels.order import Order, all_but_ranks
 from search.merge.operator import Block, Inputs
 from search.merge.rows import wide
 from search.merge.task_vectors import ListedTrim
@@ -74,18 +74,18 @@ def cuts(inputs: Inputs, numbers: Numbers, table: Mapping[str, Tensor], ranks: I
     return found
 
 
-def keep_ranks(inputs: Inputs, index: int, low: int, high: int, *, descending: bool) -> ListedTrim:
-    """Keeps the magnitudes of the task vector of source `index` that torch's sort puts at ranks [low, high).
+def keep_ranks(inputs: Inputs, index: int, low: int, high: int, order: Order) -> ListedTrim:
+    """Keeps the magnitudes of the task vector of source `index` at ranks [low, high).
 
-    Which of equal magnitudes these are is left to that sort, as in mergekit: the same on every run of one build of
-    torch on one kind of processor, and not elsewhere. Holds a byte for each element.
+    Which of equal magnitudes these are is, but in a stable order, left to torch's sort, as in mergekit: the same on
+    every run of one build of torch on one kind of processor, and not elsewhere. Holds a byte for each element.
     """
     values = torch.empty(inputs.numel, dtype=wide(inputs.dtype), device=inputs.device)
     for block in inputs.blocks():
         assert block.base is not None
         delta = inputs.scratch("delta")[: block.stop - block.start]
         values[block.start : block.stop] = torch.sub(block.sources[index], block.base, out=delta).abs_()
-    return ListedTrim(all_but_ranks(values, low, high, descending=descending, mode=inputs.kernels))
+    return ListedTrim(all_but_ranks(values, low, high, order, mode=inputs.kernels))
 
 
 def _gathers(inputs: Inputs) -> bool:

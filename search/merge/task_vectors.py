@@ -65,7 +65,9 @@ class ListedTrim:
 
     def __call__(self, delta: Tensor, start: int) -> None:
         """Apply in place to the elements from `start` on."""
-        delta.masked_fill_(self.dropped[start : start + delta.numel()], 0.0)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[delta.element_size()]
+        # All ones where an element stays: many times as fast as what is told by bools.
+        delta.view(bits).bitwise_and_(self.dropped[start : start + delta.numel()].to(bits).sub_(1))
 
 
 @dataclass(frozen=True)

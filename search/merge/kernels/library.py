@@ -82,6 +82,11 @@ def library(mode: Mode) -> ctypes.CDLL | None:
     loaded.meiosis_find.restype = whole
     loaded.meiosis_largest.argtypes = [*difference, whole, whole]
     loaded.meiosis_largest.restype = ctypes.c_float
+    bits = ctypes.c_uint32
+    loaded.meiosis_collect.argtypes = [*difference, whole, whole, bits, bits, whole, pointer, pointer]
+    loaded.meiosis_collect.restype = whole
+    loaded.meiosis_list.argtypes = [*difference, whole, whole, ctypes.c_uint64, ctypes.c_uint64, pointer]
+    loaded.meiosis_list.restype = None
     loaded.meiosis_mask_sums.argtypes = [*difference, whole, whole, ctypes.c_double, pointer]
     loaded.meiosis_mask_sums.restype = None
     return loaded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,20 +23,30 @@ PROBES = (300, 5000)
 """Elements of the tensors on which both are compared."""
 
 
-def all_but_ranks(values: Tensor, low: int, high: int, *, descending: bool, mode: Mode) -> Tensor:
-    """(elements,) bool: False for those that `torch.argsort(values, descending=descending)[low:high]` names.
+Order = Literal["ascending", "descending", "stable"]
+"""Of magnitudes: as torch sorts them by default, or ascending with equal ones as they lie."""
+
+_NUMBERS: dict[Order, int] = {"ascending": 0, "descending": 1, "stable": 2}
+
+
+def all_but_ranks(values: Tensor, low: int, high: int, order: Order, *, mode: Mode) -> Tensor:
+    """(elements,) bool: False for those that torch's sort puts at ranks [low, high).
 
     Args:
         values: (elements,) magnitudes.
         mode: which kernels may be used.
     """
-    code = _agreeing(mode) if _fits(values) else None
+    code = (library(mode) if order == "stable" else _agreeing(mode)) if _fits(values) else None
     if code is not None:
         dropped = torch.empty(values.numel(), dtype=torch.bool)
-        place = values.data_ptr(), values.numel(), low, high, int(descending), dropped.data_ptr()
+        place = values.data_ptr(), values.numel(), low, high, _NUMBERS[order], dropped.data_ptr()
         if not code.meiosis_sorted(*place):
             return dropped
-    return _without(values, torch.argsort(values, descending=descending)[low:high])
+    return _without(values, _sorted(values, order)[low:high])
+
+
+def _sorted(values: Tensor, order: Order) -> Tensor:
+    return torch.argsort(values, descending=order == "descending", stable=order == "stable")
 
 
 def all_but_largest(values: Tensor, count: int, *, mode: Mode) -> Tensor:
@@ -70,9 +81,9 @@ def _agreeing(mode: Mode) -> ctypes.CDLL | None:
         values = torch.randint(size // 20, (size,), generator=generator).float()  # of each about twenty
         dropped = torch.empty(size, dtype=torch.bool)
         low, high = size // 3 + 7, size - size // 4
-        for descending in (False, True):
-            code.meiosis_sorted(values.data_ptr(), size, low, high, int(descending), dropped.data_ptr())
-            if not dropped.equal(_without(values, torch.argsort(values, descending=descending)[low:high])):
+        for order, number in _NUMBERS.items():
+            code.meiosis_sorted(values.data_ptr(), size, low, high, number, dropped.data_ptr())
+            if not dropped.equal(_without(values, _sorted(values, order)[low:high])):
                 return None
         for count in (size // 100, low):
             code.meiosis_largest_of(values.data_ptr(), size, count, dropped.data_ptr())

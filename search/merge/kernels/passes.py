@@ -17,6 +17,20 @@ from search.merge.kernels.library import TYPES, Source, library
 from search.merge.kernels.threads import run_in_parts
 from search.merge.operator import Inputs
 
+SAMPLE = 1 << 15
+"""Elements that a range of values is told from."""
+
+SAMPLE_MARGIN = 540
+"""Ranks in a sample that are allowed for chance: six standard deviations at the median."""
+
+SAMPLED_ELEMENTS = 1 << 19
+"""Tensors with fewer elements are counted."""
+
+MOST_INDEXED = 1 << 32
+"""Tensors with more have indices that take more than the 32 bits below the magnitude."""
+
+LARGEST_BITS = (1 << 31) - 1
+
 
 class _Difference(NamedTuple):
     """A task vector as the library is told of it."""
@@ -52,6 +66,79 @@ def count_magnitudes(inputs: Inputs, index: int, upper: int) -> Tensor | None:
         return None
     bins = 1 << (15 if upper < 0 else 16)
     return difference.call_in_parts("count", lambda: torch.zeros(bins, dtype=torch.int64), upper)
+
+
+class Place(NamedTuple):
+    """An element in the order of magnitudes, equal ones as they lie: the bits of its magnitude, its flat index."""
+
+    bits: int
+    flat: int
+
+    @property
+    def key(self) -> int:
+        """Orders as the elements do."""
+        return self.bits << 32 | self.flat
+
+
+def element_at_rank(inputs: Inputs, index: int, rank: int, *, largest_first: bool = False) -> Place | None:
+    """The element of source `index` whose magnitude has this rank, 0 to elements - 1, in one pass.
+
+    A sample says in which range of values it must lie, and the elements of that range are sorted: a few in a hundred.
+
+    Args:
+        largest_first: rank 0 is the largest, and among equal ones still the first; else the smallest.
+    """
+    difference = _difference(inputs, index) if SAMPLED_ELEMENTS <= inputs.numel <= MOST_INDEXED else None
+    if difference is None:
+        return None
+    low, high = _range_of(inputs, index, inputs.numel - 1 - rank if largest_first else rank)
+    parts: list[Tensor] = []
+    below: list[int] = []
+
+    def work(start: int, stop: int) -> None:
+        room, under = torch.empty((stop - start) // 8 + (1 << 12), dtype=torch.int64), ctypes.c_int64()
+        place = low, high, room.numel(), room.data_ptr(), ctypes.addressof(under)
+        count = difference.call("collect", start, stop, *place)
+        parts.append(room[: max(count, 0)])
+        below.append(under.value if count >= 0 else -inputs.numel)
+
+    run_in_parts(inputs.numel, work)
+    keys = torch.cat(parts).numpy()
+    if largest_first:
+        keys = keys ^ (LARGEST_BITS << 32)
+        rank -= inputs.numel - sum(below) - len(keys)
+    else:
+        rank -= sum(below)
+    if sum(below) < 0 or not 0 <= rank < len(keys):  # the sample misled, or there are too many equal ones
+        return None
+    keys.partition(rank)
+    key = int(keys[rank]) ^ (LARGEST_BITS << 32 if largest_first else 0)
+    return Place(key >> 32, key & 0xFFFFFFFF)
+
+
+def all_but_between(inputs: Inputs, index: int, low: Place | None, high: Place | None) -> Tensor | None:
+    """(elements,) bool: False for the elements of source `index` from `low` up to, but without, `high`."""
+    difference = _difference(inputs, index) if inputs.numel <= MOST_INDEXED else None
+    if difference is None:
+        return None
+    dropped = torch.empty(inputs.numel, dtype=torch.bool)
+    keys = 0 if low is None else low.key, 1 << 63 if high is None else high.key
+    run_in_parts(inputs.numel, lambda start, stop: difference.call("list", start, stop, *keys, dropped.data_ptr()))
+    return dropped
+
+
+def _range_of(inputs: Inputs, index: int, rank: int) -> tuple[int, int]:
+    """Bits of two magnitudes that enclose that of a rank, in all likelihood."""
+    assert isinstance(inputs, TensorInputs)
+    assert inputs.stored is not None
+    assert inputs.stored[1] is not None
+    step = inputs.numel // SAMPLE
+    source, base = (tensor[::step].to(inputs.dtype) for tensor in (inputs.stored[0][index], inputs.stored[1]))
+    sample = (source - base).abs_().float().view(torch.int32).sort().values
+    at, margin = rank // step, SAMPLE_MARGIN
+    low = int(sample[at - margin]) if at >= margin else 0
+    high = int(sample[at + margin]) if at + margin < sample.numel() else LARGEST_BITS
+    return low, high
 
 
 def find_equal(inputs: Inputs, index: int, bits: int, rank: int) -> int | None:

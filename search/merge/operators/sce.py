@@ -72,7 +72,7 @@ class Sce(Operator):
             select = None
             energies = known["energies"] if known else _energies(inputs, None)
         else:
-            select = _select(inputs, known or self.prepare(inputs), topk)
+            select = _select(inputs, known, topk)
             key = ("sce", inputs.name, inputs.models, inputs.base, inputs.dtype, select.number)
             if key not in inputs.cache:
                 inputs.cache[key] = _energies(inputs, select)
@@ -121,17 +121,20 @@ class _Selection(NamedTuple):
 def _select(inputs: Inputs, prepared: Mapping[str, Tensor], topk: float) -> _Selection:
     import torch
 
-    from search.merge.kernels.order import all_but_largest
+    from search.merge.kernels.order import all_but_largest, all_but_ranks
     from search.merge.rankings import cuts
     from search.merge.rows import wide
 
-    if inputs.compute == "inputs":
-        # Which of equal variances stay is up to torch, here as in mergekit.
+    if inputs.compute == "inputs" or not prepared:
         variances = torch.empty(inputs.numel, dtype=wide(inputs.dtype), device=inputs.device)
         for block in inputs.blocks():
             variances[block.start : block.stop] = _variance(inputs, block)
         count = int(topk * int(torch.count_nonzero(variances)))
-        listed = all_but_largest(variances, count, mode=inputs.kernels).logical_not_()
+        if inputs.compute == "inputs":  # which of equal variances stay is up to torch, here as in mergekit
+            listed = all_but_largest(variances, count, mode=inputs.kernels)
+        else:
+            listed = all_but_ranks(variances, inputs.numel - count, inputs.numel, "stable", mode=inputs.kernels)
+        listed.logical_not_()
         return _Selection(count, lambda block: listed[block.start : block.stop])
     count = int(topk * int(prepared["varying"]))
     table = {name: prepared[name] for name in ("counts", "first") if name in prepared}

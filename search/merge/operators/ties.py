@@ -70,7 +70,7 @@ class Ties(TrimmedOperator):
             if index not in wanted:
                 return keep_all if k else drop_all
             if inputs.compute == "inputs":
-                return keep_ranks(inputs, index, 0, k, descending=True)
+                return keep_ranks(inputs, index, 0, k, "descending")
             return MagnitudeTrim(thresholds[index], inputs.dtype)
 
         trims = [trim_of(index, k) for index, k in enumerate(kept)]

@@ -1,6 +1,6 @@
 // Which elements torch's sort and topk would put into a range of ranks, without sorting the rest.
 //
-// Both order equal numbers by how their algorithm moves them: std::sort (median of three, sections of up to 16 left to
+// A stable sort leaves nothing open. The others order equal numbers by how their algorithm moves them: std::sort (median of three, sections of up to 16 left to
 // insertion) and std::nth_element of the C++ library. Only sections in which a wanted rank falls need to be followed.
 // search.merge.kernels.order compares the outcome with torch's before it is used.
 
@@ -66,19 +66,28 @@ int twice_log2(int64_t n) {
 }  // namespace
 
 // Sets dropped[i] to 0 for the elements whose magnitudes have ranks [low, high) in the order of torch's sort, and to 1
-// for all others. Returns 1 without memory, else 0.
-extern "C" int meiosis_sorted(const float* values, int64_t n, int64_t low, int64_t high, int32_t descending,
+// for all others. `order`: 0 ascending, 1 descending, 2 ascending and stable. Returns 1 without memory, else 0.
+extern "C" int meiosis_sorted(const float* values, int64_t n, int64_t low, int64_t high, int32_t order,
                               uint8_t* dropped) {
-    const std::unique_ptr<Item[]> items(new (std::nothrow) Item[size_t(n)]);
-    if (!items) return 1;
-    for (int64_t i = 0; i < n; ++i) items[i] = {to_bits(values[i]), uint32_t(i)};
-    Item *const first = items.get(), *const last = first + n;
-    if (descending)
+    static_assert(sizeof(Item) == sizeof(uint64_t), "items take the room of whole numbers");
+    const std::unique_ptr<uint64_t[]> room(new (std::nothrow) uint64_t[size_t(n)]);
+    if (!room) return 1;
+    std::memset(dropped, 1, size_t(n));
+    if (order == 2) {
+        uint64_t *const first = room.get(), *const last = first + n;
+        for (int64_t i = 0; i < n; ++i) first[i] = uint64_t(to_bits(values[i])) << 32 | uint64_t(i);
+        if (high < n) std::nth_element(first, first + high, last);
+        if (low < high) std::nth_element(first, first + low, first + high);
+        for (int64_t i = low; i < high; ++i) dropped[first[i] & 0xffffffffu] = 0;
+        return 0;
+    }
+    Item *const first = reinterpret_cast<Item*>(room.get()), *const last = first + n;
+    for (int64_t i = 0; i < n; ++i) first[i] = {to_bits(values[i]), uint32_t(i)};
+    if (order == 1)
         sort_around(first, last, first + low, first + high, twice_log2(n), Descending());
     else
         sort_around(first, last, first + low, first + high, twice_log2(n), Ascending());
-    std::memset(dropped, 1, size_t(n));
-    for (int64_t i = low; i < high; ++i) dropped[items[i].index] = 0;
+    for (int64_t i = low; i < high; ++i) dropped[first[i].index] = 0;
     return 0;
 }
 

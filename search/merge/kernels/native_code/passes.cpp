@@ -1,4 +1,4 @@
-// What depends on one task vector: counts of magnitudes, sums of what masks keep.
+// What depends on one task vector: counts and ranks of magnitudes, sums of what masks keep.
 
 #include "common.h"
 
@@ -70,5 +70,56 @@ extern "C" void meiosis_mask_sums(const Source* source, const void* base, int32_
             kept += u < source->level ? size : 0;
         }
         sums[1024] += kept;
+    });
+}
+
+// Magnitudes order as their bits do, and equal ones as they lie: as (bits << 32 | flat index).
+//
+// Writes the elements whose bits are from `low` to `high` to `found`, and how many lie below to `below`. Returns how
+// many were written, or -1 where there are more than `most`.
+extern "C" int64_t meiosis_collect(const Source* source, const void* base, int32_t base_type, int64_t start,
+                                   int64_t stop, uint32_t low, uint32_t high, int64_t most, uint64_t* found,
+                                   int64_t* below) {
+    int64_t count = 0, under = 0;
+    const uint32_t range = high - low;
+    each_delta(*source, base, base_type, start, stop, [&](int64_t at, int64_t n, const float* x) {
+        if (count < 0) return;
+        uint32_t less = 0;
+        for (int64_t i = 0; i < n; ++i) less += to_bits(x[i]) < low;
+        under += less;
+        for (int64_t first = 0; first < n; first += STEP) {
+            const int64_t last = first + STEP < n ? first + STEP : n;
+            uint32_t within = 0;
+            for (int64_t i = first; i < last; ++i) within += to_bits(x[i]) - low <= range;
+            if (!within) continue;
+            if (count + STEP > most) {
+                count = -1;
+                return;
+            }
+            for (int64_t i = first; i < last; ++i) {
+                found[count] = uint64_t(to_bits(x[i])) << 32 | uint64_t(at + i);
+                count += to_bits(x[i]) - low <= range;
+            }
+        }
+    });
+    *below = under;
+    return count;
+}
+
+// Sets dropped[i] to 0 for the elements from `low` up to, but without, `high` in that order, and to 1 for all others.
+extern "C" void meiosis_list(const Source* source, const void* base, int32_t base_type, int64_t start, int64_t stop,
+                             uint64_t low, uint64_t high, uint8_t* dropped) {
+    each_delta(*source, base, base_type, start, stop, [&](int64_t at, int64_t n, const float* x) {
+        uint8_t* __restrict out = dropped + at;
+        const int64_t from = int64_t(low & 0xffffffffu) - at, to = int64_t(high & 0xffffffffu) - at;
+        if ((0 < from && from < n) || (0 < to && to < n)) {  // the row in which the equals of a bound end
+            for (int64_t i = 0; i < n; ++i) {
+                const uint64_t key = uint64_t(to_bits(x[i])) << 32 | uint64_t(at + i);
+                out[i] = key < low || key >= high;
+            }
+            return;
+        }
+        const uint32_t least = uint32_t(low >> 32) + (from > 0), most = uint32_t(high >> 32) + (to > 0);
+        for (int64_t i = 0; i < n; ++i) out[i] = (to_bits(x[i]) < least) | (to_bits(x[i]) >= most);
     });
 }
