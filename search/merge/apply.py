@@ -103,7 +103,7 @@ class Merger:
         self._dtypes = dict(dtypes or {})
         self._keep_prepared = keep_prepared
         self._kernels = chosen_mode() if kernels is None else kernels
-        self._depth_of: Mapping[str, float] = {}
+        self._depth_of: Mapping[str, float] | None = None
         self._scratch = Scratch()
         self._caches: dict[tuple[str, str | None], RecentValues] = {}
         self._prepared: dict[tuple[object, ...], Prepared] = {}
@@ -308,7 +308,7 @@ class Merger:
 
     def _depths(self, model: str) -> Mapping[str, float]:
         """Where tensors stand in their stack of layers, by name, for the output or else one of the models."""
-        if not self._depth_of:
+        if self._depth_of is None:
             names = self._models[model].names if self._output_names is None else self._output_names
             self._depth_of = depths(names)
         return self._depth_of
@@ -387,7 +387,7 @@ class Merger:
 
 def _values(values: Mapping[str, Value]) -> tuple[object, ...]:
     """Equal for the same values of the same types: 1 is not True."""
-    return tuple((name, type(value), value) for name, value in values.items())
+    return tuple([(name, type(value), value) for name, value in values.items()])
 
 
 def _merge_by_blocks(
