@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from search.baseline import BaselineOptions, Generation0, Proposal, parents_by_loss
 from search.curves import slerp_rule
@@ -15,10 +15,17 @@ from search.scales import Distinct
 _ALL_PAIRS_UP_TO = 3
 
 
+def _within(shares: Sequence[float]) -> Sequence[float]:
+    for t in shares:
+        if not 0.0 <= t <= 1.0:
+            raise ValueError(f"t is {t:g}, expected 0 (the first source) to 1 (the second)")
+    return shares
+
+
 class PairOptions(BaselineOptions):
     """Options of `slerp` and `nuslerp`."""
 
-    t: Annotated[Distinct, Field(description="0: the first source of a pair, 1: the second")] = (0.5,)
+    t: Annotated[Distinct, AfterValidator(_within), Field(description="0: the first source of a pair, 1: the second")] = (0.5,)
 
 
 class PairBaseline:

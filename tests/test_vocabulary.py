@@ -147,6 +147,7 @@ def test_rows_without_a_token_stay_and_added_tokens_take_them_first() -> None:
     ("vocabulary", "expected"),
     [
         ({"tokens_of": "bse"}, "vocabulary.tokens_of: no model is called 'bse'; did you mean 'base'?"),
+        ({"tokens": {"aa": {}}}, "vocabulary.tokens.aa: no model has this token; did you mean 'a'?"),
         ({"tokens": {"a": {"force": True}}}, "vocabulary.tokens.a: names no source"),
         ({"tokens": {"a": {"source": "zeros"}}}, "no model is called 'zeros'; did you mean 'zero'?"),
         ({"tokens": {"a": {"source": "zero", "token": "b"}}}, "the source `zero` has no tokens"),

@@ -105,7 +105,7 @@ def analogy_command(a: str, b: str, c: str, base: str | None, scale: float, outp
 @command.command("slerp", epilog="Example: meiosis recipe slerp python english --t 0.5 --t-curve 0,0.3,1")
 @click.argument("first")
 @click.argument("second")
-@click.option("--t", default=0.5, show_default=True, help="0: FIRST, 1: SECOND.")
+@click.option("--t", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="0: FIRST, 1: SECOND.")
 @click.option("--t-curve", "curve", callback=_numbers, metavar="T,T,...", help="t from the first layer to the last.")
 @click.option("--base", help="Interpolate the task vectors from this model instead of the models.")
 @output_option

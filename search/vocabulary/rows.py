@@ -104,6 +104,11 @@ def _check(token: str, rule: TokenRule, models: Mapping[str, Rows]) -> None:
         if rule.force or other is not None:
             known = "a model" if other else "a model, or `zero`"
             raise RecipeError(f"{where}: names no source, which `{other or 'force'}` needs; name {known}")
+        every = [known_token for rows in models.values() for known_token in rows.ids]
+        if token not in every:
+            raise RecipeError(
+                f"{where}: no model has this token{nearest(token, every)}; for a new one name a source, or `zero`"
+            )
         return
     if rule.token is not None and rule.token_id is not None:
         raise RecipeError(f"{where}: found both `token` and `token_id`, which name one row; leave one of them out")
