@@ -31,6 +31,7 @@ from search.merge.sources import InMemoryTensors
 from search.recipe import Recipe
 
 GROUPS = 64
+PARTS = ("resident", "incremental", "one-shot")
 
 
 def incremental(million: int, device: str, repeats: int) -> list[dict[str, Any]]:
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--venv", type=Path, default=Path("build/mergekit-venv"), help="environment of mergekit")
     parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they are in --out")
     parser.add_argument("--giant", action="store_true", help="8 B parameters in bfloat16, for a GPU that holds them")
     parser.add_argument("--quick", action="store_true", help="tiny models: does it work at all")
     parser.add_argument("--scratch", type=Path, help="folder for checkpoints; by default a temporary one")
@@ -99,25 +101,28 @@ def main() -> None:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     million = 1 if arguments.quick else 64
     counts = sorted({1, arguments.threads})
-    held = [row for device in devices for row in resident_rows(device, counts, arguments.quick)]
-    changed = [row for device in devices for row in incremental(million, device, 2 if arguments.quick else 5)]
-    huge = giant("cuda", 5) if arguments.giant and torch.cuda.is_available() else []
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        shots = oneshot.measure(
-            Path(scratch),
-            millions=arguments.millions,
-            dtypes=arguments.dtypes,
-            peer=peer,
-            threads=arguments.threads,
-            repeats=repeats,
-            methods=arguments.methods,
-            tiny=arguments.quick,
-        )
+    measured: dict[str, list[dict[str, Any]]] = {}
+    if "resident" in arguments.parts:
+        measured["resident"] = [row for device in devices for row in resident_rows(device, counts, arguments.quick)]
+    if "incremental" in arguments.parts:
+        times = 2 if arguments.quick else 5
+        measured["incremental"] = [row for device in devices for row in incremental(million, device, times)]
+    if arguments.giant and torch.cuda.is_available():
+        measured["giant"] = giant("cuda", 5)
+    if "one-shot" in arguments.parts:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            measured["one-shot"] = oneshot.measure(
+                Path(scratch),
+                millions=arguments.millions,
+                dtypes=arguments.dtypes,
+                peer=peer,
+                threads=arguments.threads,
+                repeats=repeats,
+                methods=arguments.methods,
+                tiny=arguments.quick,
+            )
     write_tables(
-        shots,
-        held,
-        changed,
-        huge,
+        measured,
         peer,
         memory_bandwidth=copy_bandwidth(1 << 28, "cpu", 5),
         threads=arguments.threads,
@@ -169,9 +174,9 @@ def giant(device: str, repeats: int, layers: int = 128, size: int = 62_500_000) 
 
 def resident_rows(device: str, threads: Sequence[int], quick: bool) -> list[dict[str, Any]]:
     """What `merging.resident` measures on a device."""
-    options: dict[str, Any] = {"size": resident.size_for(device)}
+    options: dict[str, Any] = {"size": resident.size_for(device), "repeats": 5}
     if quick:
-        options = {"size": options["size"] // 16, "repeats": 2, "counts": (2,), "operators": ("linear", "ties")}
+        options = {"size": options["size"] // 48, "repeats": 2, "counts": (2,), "operators": ("linear", "ties")}
     found: list[dict[str, Any]] = []
     for count in threads if device == "cpu" else threads[-1:]:
         found += map(asdict, resident.measure(device=device, threads=count, **options))

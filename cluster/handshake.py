@@ -24,6 +24,9 @@ from evaluators.registry import EVALUATORS
 from search.errors import WorkerError
 
 PACKAGES = ("meiosis", "cluster", "search", "evaluators")
+
+SOURCES = ("*.py", "*.cpp", "*.h")
+"""Files of ours that decide what a worker computes."""
 LIBRARIES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 """Libraries whose version can change scores."""
 
@@ -150,7 +153,8 @@ def _package(name: str) -> Package:
         return Package("nowhere", "missing")
     digest = hashlib.sha256()
     root = Path(folder)
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+    sources = (path for pattern in SOURCES for path in root.rglob(pattern))
+    for path in sorted(sources, key=lambda path: path.relative_to(root).as_posix()):
         source = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(source)}\0".encode())
         digest.update(source)

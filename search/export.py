@@ -18,10 +18,10 @@ from search.checkpoints.shard_writer import SHARD_BYTES
 from search.checkpoints.source_hashes import SourceHashes
 from search.checkpoints.writing import check_not_a_source, check_space, check_target, write_checkpoint, written_sha256
 from search.devices import usable_device
-from search.errors import MeiosisError, RecipeError
+from search.errors import MeiosisError, RecipeError, UserError
 from search.merge.apply import Merger
 from search.merge.check import check_recipe
-from search.merge.parallel import merge_side_by_side
+from search.merge.parallel import MOST_AT_ONCE, merge_side_by_side
 from search.merge.statistics import open_statistics, with_statistics_from
 from search.merge_plan import HashState, MergePlan, output_layout, plan_merge
 from search.model_card import model_card
@@ -245,7 +245,8 @@ def write_merge(
 
         sizes = {planned.name: math.prod(planned.shape) for planned in layout}
         # One tensor at a time keeps an accelerator busy.
-        stream = merge_side_by_side(merger, recipe, sizes, threads=count if place == "cpu" else 1)
+        at_once = MOST_AT_ONCE if place == "cpu" else 1
+        stream = merge_side_by_side(merger, recipe, sizes, threads=count, most_at_once=at_once)
 
         def merged() -> Iterator[tuple[str, Tensor]]:
             unread = 0
@@ -253,8 +254,9 @@ def write_merge(
                 hashes.merging(planned.name)
                 try:
                     tensor = next(stream)
-                except Exception:
-                    hashes.check()  # NaN in a source, which is known by now, is the better explanation
+                except Exception as error:
+                    # NaN in a source is the better explanation; of a decomposition that failed the only one.
+                    hashes.check() if isinstance(error, UserError) else hashes.finish()
                     raise
                 yield tensor
                 unread += planned.nbytes

@@ -17,8 +17,8 @@ from search.merge.check import bind_rules
 from search.recipe import Recipe
 from search.sources import OpenedSources
 
-SCRATCH_BYTES = 64 << 20
-"""Buffers of blocks, at most."""
+SCRATCH_BYTES = 160 << 20
+"""Buffers of blocks, of eight tensors under way at a time."""
 
 
 HashState = Literal["known", "to be taken", "not asked for"]
@@ -104,9 +104,9 @@ def plan_merge(
     for planned in layout:
         models = bound[id(rules[planned.name])].models
         bytes_read += sum(_spec(opened, model, planned.name).nbytes for model in models)
-        # Three on their way to the file and one in the making.
-        blocks = max(blocks, 4 * planned.nbytes)
-        whole = max(whole, 4 * planned.nbytes + 2 * len(models) * 4 * math.prod(planned.shape))
+        # Three on their way to the file, and two of the largest, or smaller ones of their size, in the making.
+        blocks = max(blocks, 5 * planned.nbytes)
+        whole = max(whole, 5 * planned.nbytes + 2 * 2 * len(models) * 4 * math.prod(planned.shape))
     planned_models = tuple(
         PlannedModel(name, one.folder, one.nbytes, _main_dtype(one), hashes[name]) for name, one in checkpoints.items()
     )

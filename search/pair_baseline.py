@@ -25,7 +25,7 @@ def _within(shares: Sequence[float]) -> Sequence[float]:
 class PairOptions(BaselineOptions):
     """Options of `slerp` and `nuslerp`."""
 
-    t: Annotated[Distinct, AfterValidator(_within), Field(description="0: the first source of a pair, 1: the second")] = (0.5,)
+    t: Annotated[Distinct, AfterValidator(_within), Field(description="0: first of a pair, 1: second")] = (0.5,)
 
 
 class PairBaseline:

@@ -72,10 +72,22 @@ class YamlSource:
 
     def faults(self, error: ValidationError, model: type[BaseModel], prefix: Location = ()) -> list[str]:
         """One line for every fault that pydantic found in data validated against `model`."""
-        lines = []
+        found: dict[Location, list[Mapping[str, Any]]] = {}
         for item in error.errors(include_url=False):
             location = self._existing(prefix, item["loc"], item["type"] == "missing")
-            lines.append(self.fault(location, _message(item, model)))
+            found.setdefault(location, []).append(item)
+        lines = []
+        for location, items in found.items():
+            below = any(len(other) > len(location) and other[: len(location)] == location for other in found)
+            if below and all(item["type"] == "too_short" for item in items):
+                continue  # counted without what is wrong in it
+            kinds = [_KINDS.get(item["type"].partition("_")[0]) for item in items]
+            if len(items) > 1 and all(kinds):  # one value that may be several things
+                *others, last = dict.fromkeys(map(str, kinds))
+                expected = f"{', '.join(others)} or {last}" if others else last
+                lines.append(self.fault(location, f"must be {expected}, found {_shown(items[0].get('input'))}"))
+            else:
+                lines += [self.fault(location, _message(item, model)) for item in items]
         return list(dict.fromkeys(lines))
 
     def _existing(self, prefix: Location, loc: Sequence[str | int], missing: bool) -> Location:
@@ -163,11 +175,20 @@ def _message(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{value!r} is not possible; expected {context['expected']}"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
-    shown = "nothing" if value is None else repr(value)
+    shown = _shown(value)
     if kind in ("model_type", "dict_type"):
         return f"must be a mapping of keys, found {shown}"
     text = item["msg"].removeprefix("Input ").replace("should", "must", 1)
-    return f"{text[0].lower() + text[1:]}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
+    return f"{text[0].lower() + text[1:]}, found {shown}"
+
+
+_KINDS = {"bool": "true, false", "int": "a whole number", "float": "a number", "string": "text"}
+"""First word of what pydantic calls a fault of type -> what would be right."""
+
+
+def _shown(value: Any) -> str:
+    shown = "nothing" if value is None else repr(value)
+    return shown if len(shown) < 60 else shown[:57] + "..."
 
 
 def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:

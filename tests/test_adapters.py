@@ -173,6 +173,21 @@ def test_the_recipe_beside_the_output_makes_it_again_from_the_adapter(tmp_path: 
     assert fingerprint(open_checkpoint(first)) == fingerprint(open_checkpoint(second))
 
 
+@pytest.mark.parametrize("case", ["plain", "dora"])
+def test_threads_change_no_bit_of_a_merged_adapter(case: str, tmp_path: Path) -> None:
+    recipe = Recipe.from_data(
+        {
+            "base": "base",
+            "models": {"base": {"path": "llama"}, "lora": {"path": case}},
+            "rules": [{"operator": "task_arithmetic", "sources": {"lora": {"weight": 0.5}}}],
+        }
+    )
+    one, four = (
+        fingerprint(open_checkpoint(merge_recipe(recipe, tmp_path / str(n), folder=CASES, threads=n))) for n in (1, 4)
+    )
+    assert one.sha256 == four.sha256
+
+
 def test_an_adapter_may_belong_to_another_model_than_the_base(tmp_path: Path) -> None:
     other = model(tmp_path / "other", {"x.weight": torch.ones(2, 2)})
     base = model(tmp_path / "base", {"x.weight": torch.zeros(2, 2)})

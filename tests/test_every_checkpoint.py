@@ -251,6 +251,49 @@ def test_a_tied_head_with_other_numbers_than_the_embedding_is_one_line(others: s
     assert not (tmp_path / "out").exists()
 
 
+def test_every_copy_of_a_tied_embedding_is_looked_at(tmp_path: Path) -> None:
+    # T5 ties two encoders' and the decoder's embeddings to one tensor; old files hold copies of all of them.
+    path = save(FAMILIES["t5"], tmp_path / "odd", 0)
+    state = load_file(path / "model.safetensors")
+    copies = {f"{part}.embed_tokens.weight": state["shared.weight"].clone() for part in ("encoder", "decoder")}
+    save_file({**state, **copies}, path / "model.safetensors", {"format": "pt"})
+    other = save(FAMILIES["t5"], tmp_path / "other", 1)
+    merge_recipe(soup({"odd": path, "other": other}), tmp_path / "good")
+    for part, copy in copies.items():
+        save_file({**state, **copies, part: copy + 1}, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=part):
+            merge_recipe(soup({"odd": path, "other": other}), tmp_path / "bad")
+
+
+THREADED: dict[str, dict[str, Any]] = {
+    "ties": {"weight": 0.6, "density": 0.4},
+    "della": {"weight": 0.6, "density": 0.6},
+    "sce": {},
+    "linear": {"weight": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compute", ["inputs", "float32"])
+@pytest.mark.parametrize("name", ["llama, tied", "mixtral", "gpt2", "resnet"])
+def test_threads_change_no_bit_whatever_the_checkpoint(name: str, compute: str, dtype: str, tmp_path: Path) -> None:
+    paths = {key: save(FAMILIES[name], tmp_path / key, seed) for seed, key in enumerate(("base", "a", "b"))}
+    for path in paths.values():
+        state = {
+            key: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for key, t in tensors_of(path).items()
+        }
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+    for operator, values in THREADED.items():
+        recipe = recipe_of(operator, {"a": values, "b": values}, None if operator == "linear" else "base", paths)
+        recipe = recipe.model_copy(update={"compute": compute, "seed": 3})
+        one, four = (
+            tensors_of(merge_recipe(recipe, tmp_path / f"{operator}-{threads}", threads=threads)) for threads in (1, 4)
+        )
+        assert one.keys() == four.keys()
+        assert all(torch.equal(one[key], four[key]) for key in one), operator
+        assert {t.dtype for t in one.values() if t.is_floating_point()} == {getattr(torch, dtype)}
+
+
 def test_a_t5_that_ties_is_not_merged_with_one_that_does_not(tmp_path: Path) -> None:
     paths = {name: save(FAMILIES["t5"], tmp_path / name, seed) for seed, name in enumerate(("tied", "untied"))}
     for name, path in paths.items():

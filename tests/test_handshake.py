@@ -39,12 +39,14 @@ def test_a_digest_depends_on_the_source_and_not_on_its_place(tmp_path: Path) -> 
     one, other = copy_packages(tmp_path / "one"), copy_packages(tmp_path / "other")
     with (other / "search" / "pool.py").open("a") as source:
         source.write("# another version\n")
+    with (other / "evaluators" / "native.cpp").open("w") as source:
+        source.write("// decides bits as well\n")
     (other / "evaluators" / "__pycache__").mkdir()
     (other / "evaluators" / "__pycache__" / "x.pyc").write_bytes(b"x")
     first, second = identity_of(one)["packages"], identity_of(other)["packages"]
     assert first["search"]["folder"] == str(one / "search")
     different = [name for name in PACKAGES if first[name]["sha256"] != second[name]["sha256"]]
-    assert different == ["search"]
+    assert different == ["search", "evaluators"]
 
 
 def test_a_difference_is_named_with_node_package_and_both_digests() -> None:

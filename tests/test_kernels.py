@@ -20,6 +20,7 @@ from search.errors import UserError
 from search.merge.apply import Merger
 from search.merge.kernels import build, chosen_mode, description, library, threads
 from search.merge.kernels.native import Stored, plan
+from search.merge.kernels.passes import SAMPLED_ELEMENTS
 from search.merge.operator import Apply, Block
 from search.merge.sources import InMemoryTensors
 from search.recipe import Recipe
@@ -149,6 +150,30 @@ def test_native_kernels_are_what_merges_these_operators(operator: str, dtype: st
     recipe = recipe_of(operator, {"m0": values, "m1": values}, shared, compute=compute, seed=0)
     engine.merge_into(recipe, {"w": models["base"].clone()})
     assert calls == [True]
+
+
+@native_only
+@pytest.mark.parametrize("coarse", [False, True], ids=["near", "coarse"])
+@pytest.mark.parametrize("compute", ["float32", "inputs"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("operator", ["ties", "dare_ties", *TRIMMED])
+def test_large_tensors_have_the_bits_of_plain_torch_on_any_number_of_threads(
+    operator: str, dtype: str, compute: str, coarse: bool
+) -> None:
+    size = SAMPLED_ELEMENTS + 1337
+    models = models_of(2, size, [dtype], coarse=coarse)
+    gammas = {"gamma": 0.02} if operator.startswith("breadcrumbs") else {}
+    sources = {"m0": {"weight": 0.7, "density": 0.3, **gammas}, "m1": {"weight": -0.4, "density": 0.61, **gammas}}
+    recipe = recipe_of(operator, sources, {}, compute=compute, seed=2)
+    target = DTYPES[dtype]
+    wanted = merge(recipe, models, torch.empty(size, dtype=target), "torch")
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            found = merge(recipe, models, torch.empty(size, dtype=target), "native")
+        finally:
+            torch.set_num_threads(1)
+        assert torch.equal(bits(found), bits(wanted))
 
 
 @native_only

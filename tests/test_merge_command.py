@@ -99,7 +99,7 @@ def watch():
             peak[key] = max(peak[key], status(key) - before[key])
 thread = threading.Thread(target=watch)
 thread.start()
-merge_recipe(recipe, folder / "out", folder=folder)
+merge_recipe(recipe, folder / "out", folder=folder, threads=int(sys.argv[2]))
 done.set()
 thread.join()
 print(peak["RssAnon"], peak["VmRSS"])
@@ -107,14 +107,15 @@ print(peak["RssAnon"], peak["VmRSS"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the kernel for its memory")
-def test_memory_is_a_few_tensors_however_large_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 8])
+def test_memory_is_a_few_tensors_however_large_the_model(threads: int, tmp_path: Path) -> None:
     tensor = 4 << 20
     for seed, name in enumerate("ab"):
         model(tmp_path / name, seed=seed, tensors=40, shape=(1024, 1024))
         model(tmp_path / "small" / name, seed=seed)
     recipe_file(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, tmp_path],
+        [sys.executable, "-c", PEAK, tmp_path, str(threads)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -212,6 +213,24 @@ def test_a_source_that_is_not_finite_is_named_and_nothing_is_left(value: str, ca
     assert ended.err == f"meiosis: {wanted.value}\n"
     assert leftovers(models) == []
     assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("operator", ["tsv_m", "ties", "karcher"])
+def test_a_source_that_is_not_finite_is_named_whatever_the_method(operator: str, models: Path) -> None:
+    tensors = load_file(models / "b" / "model.safetensors")
+    tensors["layers.0.weight"][3, :2] = float("nan")
+    save_file(tensors, models / "b" / "model.safetensors")
+    model(models / "base", seed=7)
+    sources = {name: {} if operator == "karcher" else {"weight": 0.5} for name in "ab"}
+    changes: dict[str, Any] = {"rules": [{"operator": operator, "sources": sources}]}
+    if operator != "karcher":
+        changes |= {"base": "base", "models": {name: {"path": name} for name in ("base", "a", "b")}}
+    ended = meiosis("merge", recipe_file(models, **changes), models / "out")
+    assert ended.status == 2
+    assert ended.err.count("\n") == 1, ended.err
+    assert "model 'b'" in ended.err
+    assert "layers.0.weight" in ended.err
+    assert leftovers(models) == []
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import Ended, end, meiosis, spawn
+from command_line import Ended, end, meiosis, spawn, write_config
+from family import config_of
 from recipes import recipe_of
 
 from search.errors import MeiosisError, UserError
@@ -118,6 +119,16 @@ def test_a_merge_is_pushed_with_every_file_when_it_is_asked_for(hub: Hub, recipe
     assert created.get("private") is True or created.get("visibility") == "private"  # as the library's version has it
     out = recipe.parent / "out"
     assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_an_export_of_a_run_is_pushed(hub: Hub, family: Path, tmp_path: Path) -> None:
+    config = config_of(family, tmp_path / "runs")
+    config["search"] |= {"budget": 6, "finalists": 1, "baselines": ["uniform_soup"]}
+    assert meiosis("search", write_config(config, tmp_path), "--run", "run").status == 0
+    ended = end(spawn("export", tmp_path / "runs" / "run", tmp_path / "out", "--push", "me/merged", "--json"))
+    assert ended.status == 0, ended.err
+    assert ended.json["pushed"].endswith("/me/merged")
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_nothing_is_pushed_without_being_asked(hub: Hub, recipe: Path) -> None:

@@ -1,7 +1,7 @@
 """One-shot merges of checkpoints on disk: ours, mergekit's, and a plain copy of the same files.
 
-Both tools are given the same merge file of mergekit. Every figure is the fastest of some repeats, taken in turn,
-on files that are in the page cache.
+Both tools are given the same merge file of mergekit; ours also the same merge as a recipe. Every figure is the
+fastest of some repeats, taken in turn, on files that are in the page cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speed of re-merging resident models, as a multiple of the least traffic at the speed of copying memory.
 
-    python benchmarks/merging/resident.py [--million 16] [--device cpu] [--threads 1] [--operators ties linear]
+    python benchmarks/merging/resident.py [--million 48] [--device cpu] [--threads 1] [--operators ties linear]
 
 One row per operator, number of sources and dtype. The floor is (reads + 1 write) over the copy bandwidth
 measured right before; the base counts as a read. Each merge has new parameters: every weight, or every
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ from search.recipe import Recipe
 from search.registry import OPERATORS
 
 OPERATOR_NAMES = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+
+OTHER_NAMES = (
+    *("nuslerp", "multislerp", "karcher", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "model_stock"),
+    *("nearswap", "passthrough", "sce", "arcee_fusion", "ram", "ramplus_tl", "consensus", "tall_mask", "lines"),
+)
+"""Those without a fused kernel; not those that decompose matrices (tsv_m, iso_c, iso_cts, wudi) or read statistics."""
+
+LIMITS = {"linear": 1.25, "slerp": 1.25, "task_arithmetic": 1.25, "ties": 2.0, "dare_ties": 2.0}
+"""Multiples of the floor on a CPU that are not to be passed."""
 GROUPS = 64
 
 
@@ -51,16 +60,16 @@ class Row:
 
 def size_for(device: str) -> int:
     """Parameters of a model that is large for the caches of a device, and for what launching work on it takes."""
-    return 16_000_000 if torch.device(device).type == "cpu" else 256_000_000
+    return 48_000_000 if torch.device(device).type == "cpu" else 256_000_000
 
 
 def models_of(count: int, size: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """A base and `count` models near it, each one flat tensor."""
+    """A base and `count` models near it, each one matrix with rows of 4000."""
     generator = torch.Generator(device).manual_seed(0)
-    base = torch.randn(size, generator=generator, device=device)
+    base = torch.randn(size, generator=generator, device=device).view(-1, 4000)
     models = {"base": base.to(dtype)}
     for index in range(count):
-        step = torch.randn(size, generator=generator, device=device)
+        step = torch.randn(base.shape, generator=generator, device=device)
         models[f"m{index}"] = base.add(step, alpha=0.05).to(dtype)
     return models
 
@@ -73,7 +82,7 @@ def recipe_of(operator: str, count: int, number: int, changed: str, tensors: str
         values["weight"] = 0.3 + (0.01 * number if changed == "weights" else 0.0)
     if "density" in names:
         values["density"] = (512 + (number if changed == "densities" else 0)) / 1024
-    shared = {"t": 0.3 + 0.01 * number} if operator == "slerp" else {}
+    shared = {"t": 0.3 + 0.01 * number} if operator in ("slerp", "nearswap") else {}
     sources = {f"m{index}": values for index in range(count)}
     rule = {"tensors": [tensors], "operator": operator, "sources": sources, "parameters": shared}
     paths = {name: {"path": name} for name in ("base", *sources)}
@@ -85,7 +94,7 @@ def measure(
     operators: Iterable[str] = OPERATOR_NAMES,
     counts: Iterable[int] = (2, 3, 8),
     dtypes: Iterable[str] = ("float32", "bfloat16"),
-    size: int = 16_000_000,
+    size: int = 48_000_000,
     device: str = "cpu",
     threads: int = 1,
     repeats: int = 7,
@@ -98,8 +107,9 @@ def measure(
             for count in counts:
                 models = models_of(count, size, getattr(torch, dtype), device)
                 for operator in operators:
-                    if count <= (OPERATORS.get(operator).max_sources or count):
-                        yield from _rows(operator, count, dtype, models, device, threads, repeats)
+                    most = OPERATORS.get(operator).max_sources or count
+                    if count <= most or operator in OTHER_NAMES:
+                        yield from _rows(operator, min(count, most), dtype, models, device, threads, repeats)
                 del models
     finally:
         torch.set_num_threads(before)
@@ -137,7 +147,7 @@ def one_of_64(operator: str, *, size: int = 64_000_000, device: str = "cpu", rep
     step = size // GROUPS
     names = [f"layers.{index}.w" for index in range(GROUPS)]
     models = {
-        model: {name: tensor[index * step : (index + 1) * step] for index, name in enumerate(names)}
+        model: {name: tensor.view(-1)[index * step : (index + 1) * step] for index, name in enumerate(names)}
         for model, tensor in models_of(2, size, torch.bfloat16, device).items()
     }
     engine = Merger({model: InMemoryTensors(tensors) for model, tensors in models.items()})
@@ -158,20 +168,23 @@ def one_of_64(operator: str, *, size: int = 64_000_000, device: str = "cpu", rep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--million", type=int, help="parameters of the model, in millions: 16, or 256 on a GPU")
+    parser.add_argument("--million", type=int, help="parameters of the model, in millions: 48, or 256 on a GPU")
     parser.add_argument("--device", default="cpu", help="where models and target lie")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sources", type=int, nargs="*", default=[2, 3, 8])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--operators", nargs="*", default=list(OPERATOR_NAMES))
+    parser.add_argument("--others", action="store_true", help="operators without a fused kernel, with 3 sources")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
     arguments = parser.parse_args()
     size = arguments.million * 1_000_000 if arguments.million else size_for(arguments.device)
     print(f"{size / 1e6:.0f} M parameters, {arguments.device}, {arguments.threads} threads; {description()}")
     print(f"{'operator':<17}{'sources':>8} {'dtype':<10}{'changed':<11}{'seconds':>9}{'floor':>9}{'ratio':>7}")
+    rows = []
     for row in measure(
-        operators=arguments.operators,
-        counts=arguments.sources,
+        operators=OTHER_NAMES if arguments.others else arguments.operators,
+        counts=[3] if arguments.others else arguments.sources,
         dtypes=arguments.dtypes,
         size=size,
         device=arguments.device,
@@ -183,7 +196,19 @@ def main() -> None:
             f"{row.seconds:>9.4f}{row.floor_seconds:>9.4f}{row.ratio:>7.2f}",
             flush=True,
         )
-    for operator in ("linear", "ties"):
+        rows.append(asdict(row))
+    if arguments.out is not None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from merging.tables import machine, resident_table
+
+        head = [
+            "# Operators without a fused kernel, merged into memory",
+            "",
+            f"{machine()}. {arguments.threads} threads.",
+        ]
+        head[-1] += " Remake with `" + " ".join(["python", "benchmarks/merging/resident.py", *sys.argv[1:]]) + "`."
+        arguments.out.write_text("\n".join([*head, "", *resident_table(rows)]) + "\n")
+    for operator in () if arguments.others else ("linear", "ties"):
         if operator in arguments.operators:
             times = one_of_64(operator, size=4 * size, device=arguments.device)
             print(f"one gene of 64 changed, {operator}: {times:.0f} times cheaper than a full merge")

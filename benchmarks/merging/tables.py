@@ -13,51 +13,61 @@ from typing import Any
 
 import torch
 from merging.mergekit_peer import Peer
+from merging.resident import LIMITS
 
 from search.merge.kernels import description
 
 Rows = Sequence[Mapping[str, Any]]
 MIB = 2**20
+PARTS = ("one-shot", "resident", "incremental", "giant")
 
 
-def write_tables(
-    shots: Rows, held: Rows, changed: Rows, huge: Rows, peer: Peer, *, memory_bandwidth: float, threads: int, out: Path
-) -> None:
+def write_tables(measured: Mapping[str, Rows], peer: Peer, *, memory_bandwidth: float, threads: int, out: Path) -> None:
     """Write `merge.md` and `merge.parquet`.
 
     Args:
-        shots, held, changed, huge: rows of the one-shot, resident, incremental and 8 B parts.
+        measured: part (one-shot, resident, incremental, giant: 8 B parameters) -> rows; other parts stay as they are.
         memory_bandwidth: bytes per second, reads and writes counted.
     """
     import pyarrow
     import pyarrow.parquet
 
     command = " ".join(["python", "benchmarks/merge.py", *sys.argv[1:]])
+    parts = {part: [{**row, "command": command} for row in rows] for part, rows in measured.items()}
+    if (out / "merge.parquet").exists():
+        for row in pyarrow.parquet.read_table(out / "merge.parquet").to_pylist():
+            if row["part"] not in measured:
+                parts.setdefault(row["part"], []).append(row)
+    shots, held, changed, huge = (parts.get(part, []) for part in PARTS)
     parameters = max((row["parameters"] for row in shots), default=0) / 1e6
     lines = [
         "# Speed of merges",
         "",
         f"{machine()}. torch {torch.__version__}, safetensors {version('safetensors')}, "
-        f"{peer.version or f'mergekit: {peer.missing}'}; {threads} threads. Remake with `{command}`.",
+        f"{peer.version or f'mergekit: {peer.missing}'}; {threads} threads.",
         "",
         f"Copy bandwidth in this run: memory {memory_bandwidth / 1e9:.1f} GB/s (reads and writes), "
         f"`cp` of files {_disk(shots, 'copy_s')}, until they are on the disk {_disk(shots, 'copy_synced_s')}.",
         "",
         "## One-shot: checkpoints on disk",
         "",
-        f"Llama-like models of {parameters:.0f} million parameters, files in the page cache.",
+        f"Llama-like models of {parameters:.0f} million parameters, files in the page cache. {_command(shots)}",
         "",
         "- `copy`: `cp` of all inputs and of a file of the output's size until all of it is on the disk, as our output "
-        "is when the command ends; the ratio in brackets is to `cp` as it returns.",
+        "is when the command ends.",
         "- `recipe`: the method as a recipe of ours, which computes in float32 and rounds once; `file`: the merge file "
         "that mergekit gets, rounded at every step as mergekit rounds. Both look for NaN in the sources on the way.",
-        "- `start`: a merge of a tiny model; the ratios to the copy are without it. mergekit / file is of whole "
-        "processes, in brackets without the start of both.",
+        "- `start`: a merge of a tiny model. Ratios to the copy are without it, in brackets of the whole process. "
+        "mergekit / file is of whole processes, in brackets without the start of both.",
         "- `peak`: most resident memory, mapped pages included; `private`: most memory that no file backs; sampled.",
         "",
         *one_shot_table(shots),
         "",
+        *summary(shots),
+        "",
         "## Resident: into memory, as a search merges",
+        "",
+        _command(held),
         "",
         *resident_table(held),
         "",
@@ -65,6 +75,8 @@ def write_tables(
         *([] if torch.cuda.is_available() else ["", "Not measured on a GPU."]),
         "",
         "## Incremental: one gene of 64",
+        "",
+        _command(changed),
         "",
         "| operator | device | all groups, ms | one group, ms | times cheaper |",
         "|---|---|--:|--:|--:|",
@@ -74,20 +86,25 @@ def write_tables(
         lines.append(f"| {row['operator']} | {row['device']} | {full * 1e3:.2f} | {one * 1e3:.2f} | {full / one:.0f} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / "merge.md").write_text("\n".join(lines) + "\n")
-    parts = (("one-shot", shots), ("resident", held), ("incremental", changed), ("giant", huge))
-    rows = [{"part": part, **row} for part, found in parts for row in found]
+    rows = [{**row, "part": part} for part, found in parts.items() for row in found]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
     pyarrow.parquet.write_table(table, out / "merge.parquet")
     print(out / "merge.md")
 
 
+def _command(rows: Rows) -> str:
+    """How a part is remade."""
+    return "Remake with " + ", ".join(dict.fromkeys(f"`{row['command']}`" for row in rows)) + "." if rows else ""
+
+
 def one_shot_table(rows: Rows) -> list[str]:
     """The one-shot part in Markdown: no absolute time without its ratio."""
     lines = [
         "| dtype | method | models | copy, s | recipe, s | recipe / copy | file, s | file / copy | start, s | "
-        "mergekit, s | mergekit / file | peak, MiB | private, MiB | mergekit peak, MiB | private, MiB |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "mergekit, s | mergekit / file | peak of recipe, MiB | private | of file, MiB | private | of mergekit, MiB | "
+        "private |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         copy = row["copy_synced_s"]
@@ -102,7 +119,7 @@ def one_shot_table(rows: Rows) -> list[str]:
             row.get("mergekit_failed", "") if theirs is None else f"{theirs:.2f}",
             "" if theirs is None or ours is None else f"{theirs / ours:.1f} ({_work(row, 'mergekit'):.1f})",
         ]
-        for name in ("ours", "mergekit"):
+        for name in ("recipe", "ours", "mergekit"):
             cells += [
                 f"{row[f'{name}_{kind}'] / MIB:.0f}" if f"{name}_peak" in row else "" for kind in ("peak", "private")
             ]
@@ -117,9 +134,38 @@ def _work(row: Mapping[str, Any], name: str) -> float:
 
 
 def _ratio(seconds: float, row: Mapping[str, Any]) -> str:
-    """Time beyond the start of the process over the copy: until on disk, and until `cp` returned."""
+    """Time over the copy until it is on the disk: without the start of the process, and with it."""
     work = max(0.0, seconds - (row["start_s"] or 0.0))
-    return f"{work / row['copy_synced_s']:.2f} ({work / row['copy_s']:.2f})"
+    return f"{work / row['copy_synced_s']:.2f} ({seconds / row['copy_synced_s']:.2f})"
+
+
+def summary(rows: Rows) -> list[str]:
+    """Which of the limits the one-shot merges keep."""
+
+    def kept(what: str, holds: Mapping[str, bool]) -> str:
+        missed = [name for name, good in holds.items() if not good]
+        return f"- {what}: {len(holds) - len(missed)} of {len(holds)}" + (
+            f"; not {', '.join(missed)}" if missed else ""
+        )
+
+    names = {id(row): f"{row['method']} in {row['dtype']}" for row in rows}
+    ran = [row for row in rows if row["recipe_s"] is not None and row["ours_s"] is not None]
+    start = {id(row): row["start_s"] or 0.0 for row in rows}
+    lines = [
+        kept(
+            f"{label}, without the start of the process, at most 1.5 times the copy",
+            {names[id(row)]: row[f"{name}_s"] - start[id(row)] <= 1.5 * row["copy_synced_s"] for row in ran},
+        )
+        for label, name in (("recipe", "recipe"), ("merge file", "ours"))
+    ]
+    both = [row for row in ran if row.get("mergekit_s") is not None]
+    if both:
+        lines += [
+            kept("merge file faster than mergekit", {names[id(r)]: r["ours_s"] < r["mergekit_s"] for r in both}),
+            kept("the same without the start of both", {names[id(r)]: _work(r, "mergekit") > 1.0 for r in both}),
+            kept("less peak memory than mergekit", {names[id(r)]: r["ours_peak"] < r["mergekit_peak"] for r in both}),
+        ]
+    return lines
 
 
 def resident_table(rows: Rows) -> list[str]:
@@ -128,14 +174,16 @@ def resident_table(rows: Rows) -> list[str]:
         "The floor is (reads + 1 write) at the copy bandwidth, measured right before each row. "
         f"CPU kernels: {description()}.",
         "",
-        "| operator | sources | dtype | device | threads | changed | copy, GB/s | ms | times the floor |",
-        "|---|--:|---|---|--:|---|--:|--:|--:|",
+        "| operator | sources | dtype | device | threads | changed | copy, GB/s | ms | times the floor | at most |",
+        "|---|--:|---|---|--:|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         speed = row["floor_bytes"] / row["floor_seconds"] / 1e9
+        limit = LIMITS.get(row["operator"]) if row["device"] == "cpu" else None
+        missed = "" if limit is None else f"{limit:g}" + ("" if row["ratio"] <= limit else ", missed")
         lines.append(
             f"| {row['operator']} | {row['sources']} | {row['dtype']} | {row['device']} | {row['threads']} | "
-            f"{row['changed']} | {speed:.1f} | {row['seconds'] * 1e3:.2f} | {row['ratio']:.2f} |"
+            f"{row['changed']} | {speed:.1f} | {row['seconds'] * 1e3:.2f} | {row['ratio']:.2f} | {missed} |"
         )
     return lines
 

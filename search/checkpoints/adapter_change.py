@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from search.checkpoints.header import quoted
 from search.checkpoints.view import Spec
 from search.errors import CheckpointError
+from search.torch_threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,12 +67,14 @@ class Change:
         if self.a is None:
             return torch.add(weight.to(dtype), b, alpha=self.scale)
         # In one layout and order whatever the shape: B A, then onto the weight.
-        change = b.flatten(1) @ files.get(self.a).to(dtype).flatten(1)
+        with one_thread():
+            change = b.flatten(1) @ files.get(self.a).to(dtype).flatten(1)
         change = change.mul_(self.scale)
         view = weight.to(dtype).T if self.turned else weight.to(dtype).reshape(change.shape)
         changed = change.add_(view)
         if self.magnitude is not None:
-            norms = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
+            with one_thread():
+                norms = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
             changed = changed.mul_(files.get(self.magnitude).to(dtype).reshape(-1, 1) / norms)
         return changed.T.contiguous() if self.turned else changed.view(weight.shape)
 

@@ -107,19 +107,21 @@ def _without(view: View, copies: list[str]) -> View:
 
 def _reader(view: View, twin: str, heads: list[str]) -> Maker:
     """Reads what heads are tied to; the first time it looks whether copies of it are what they should be."""
-    unseen = [name for name in heads if name in view.tensors]
+    copies = [name for name in heads if name in view.tensors]
+    seen = not copies
 
     def read(source: TensorSource) -> Tensor:
         import torch
 
+        nonlocal seen
         tensor = source.get(twin)
-        while unseen:
-            if not torch.equal(source.get(unseen[0]), tensor):
+        for name in () if seen else copies:
+            if not torch.equal(source.get(name), tensor):
                 raise CheckpointError(
-                    f"{view.folder}: config.json ties {quoted(unseen[0])} to {quoted(twin)} (tie_word_embeddings), but "
+                    f"{view.folder}: config.json ties {quoted(name)} to {quoted(twin)} (tie_word_embeddings), but "
                     "its files hold different numbers for the two; say tie_word_embeddings: false there, or delete one"
                 )
-            unseen.pop()
+        seen = True
         return tensor
 
     return read

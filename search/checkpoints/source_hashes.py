@@ -28,8 +28,8 @@ from search.checkpoints.header import TensorInfo, damage, read_header
 from search.checkpoints.reading import Checkpoint
 
 AHEAD_TENSORS = 8
-"""Tensors of the output that the threads may be ahead of the merge: more could leave the memory again
-before they are merged, fewer could make one of the two wait."""
+"""Tensors of the output that the threads may be ahead of the one that the merge gives out next: more could leave the
+memory again before they are merged, fewer could make one of the two wait."""
 
 
 class _File(NamedTuple):

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from search.merge.kernels.passes import Place, all_but_between, element_at_rank
+from search.merge.kernels.passes import Ranked, all_but_between, element_at_rank, finds_ranks
 from search.merge.operator import Block, Inputs
 from search.merge.rankings import EVERYTHING, NOTHING, Cut, count, cuts, keep_ranks
 from search.merge.task_vectors import ListedTrim, Trim, Trimmed, drop_all, keep_all, rescaled
 
 
-def count_magnitudes(inputs: Inputs, index: int = 0) -> dict[str, Tensor]:
-    """What `drop_small_and_large` needs of one source: a table of its magnitudes."""
+def prepare_ranks(inputs: Inputs, index: int = 0) -> dict[str, Tensor]:
+    """What `drop_small_and_large` needs of one source: a table of its magnitudes; none where it does without."""
+    if inputs.compute == "inputs" or finds_ranks(inputs):
+        return {}
     return count(inputs, lambda block: _magnitudes(inputs, block, index))
 
 
@@ -70,8 +72,10 @@ def _trim(inputs: Inputs, table: Mapping[str, Tensor], index: int, low: int, hig
 
 def _list(inputs: Inputs, index: int, low: int, high: int) -> Trim | None:
     """The trim by native code, for large tensors."""
+    if not finds_ranks(inputs):
+        return None
     key = ("breadcrumbs places", inputs.name, inputs.base, inputs.models[index], inputs.dtype)
-    places: list[Place | None] = []
+    places: list[Ranked | None] = []
     for rank in (low, high):
         outside = rank in (0, inputs.numel)
         if not outside and (*key, rank) not in inputs.cache:

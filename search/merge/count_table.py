@@ -17,14 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from search.merge.kernels.passes import count_magnitudes, element_at_rank, find_equal
+from search.merge.kernels.passes import MOST_INDEXED, count_magnitudes, element_at_rank, find_equal
 from search.merge.operator import Block, Inputs
 
 GRID = 1024
 """Thresholds are prepared for densities that are a multiple of 1 / GRID."""
-
-MOST_SORTED = 1 << 32
-"""Tensors with more elements are not sorted: their indices take more than the 32 bits below the magnitude."""
 
 _UPPER_BITS, _LOWER_BITS = 15, 16
 """A positive float32 has 31 bits: 8 of exponent and 7 of fraction above, 16 of fraction below."""
@@ -41,10 +38,10 @@ class Threshold:
 def prepare_thresholds(inputs: Inputs) -> dict[str, Tensor]:
     """Thresholds of one source: `values` (float32) and `last` (int64), for every k of the grid, ascending.
 
-    With up to GRID elements, for every k. Empty for float64, and beyond MOST_SORTED elements. Takes 8 bytes
+    With up to GRID elements, for every k. Empty for float64, and beyond MOST_INDEXED elements. Takes 8 bytes
     an element while it works.
     """
-    if inputs.dtype == torch.float64 or not 0 < inputs.numel <= MOST_SORTED:
+    if inputs.dtype == torch.float64 or not 0 < inputs.numel <= MOST_INDEXED:
         return {}
     keys = torch.empty(inputs.numel, dtype=torch.int64, device=inputs.device)
     for block in inputs.blocks():

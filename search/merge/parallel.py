@@ -18,6 +18,9 @@ from torch import Tensor
 from search.merge.apply import Merger
 from search.recipe import Recipe
 
+MOST_AT_ONCE = 8
+"""Each has buffers of its own; further threads work within the tensors."""
+
 SMALL_ELEMENTS = 1 << 20
 """Tensors under way together may always have this many elements."""
 
@@ -29,17 +32,26 @@ class _Begun(NamedTuple):
 
 
 def merge_side_by_side(
-    merger: Callable[[], Merger], recipe: Recipe, sizes: Mapping[str, int], *, threads: int
+    merger: Callable[[], Merger],
+    recipe: Recipe,
+    sizes: Mapping[str, int],
+    *,
+    threads: int,
+    most_at_once: int = MOST_AT_ONCE,
 ) -> Generator[tuple[str, Tensor], None, None]:
-    """The merged tensors in order, with the bits of `Merger.merge_tensors`. Close it to end its threads.
+    """The merged tensors in order, with the bits of `Merger.merge_tensors`.
+
+    Close it to end its threads, which takes as long as the tensors that they are at.
 
     Args:
         merger: makes the merger of one thread.
         sizes: tensor of the output -> its number of elements.
         threads: CPU threads, of all tensors under way together.
+        most_at_once: tensors under way at a time.
 
     Raises: as `Merger.merge_tensors`.
     """
+    workers = min(threads, most_at_once)
     limit = max(SMALL_ELEMENTS, 2 * max(sizes.values(), default=0))
     own = threading.local()
 
@@ -52,12 +64,13 @@ def merge_side_by_side(
 
     before = torch.get_num_threads()
     waiting, begun, under_way = deque(sizes.items()), deque[_Begun](), 0
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="merge-tensor")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="merge-tensor")
     try:
         while waiting or begun:
-            while waiting and len(begun) < 2 * threads and (not begun or under_way + waiting[0][1] <= limit):
+            while waiting and len(begun) < 2 * workers and (not begun or under_way + waiting[0][1] <= limit):
                 name, elements = waiting.popleft()
-                share = threads if not waiting and not begun else max(1, threads * elements // limit)
+                alone = not waiting and not begun
+                share = threads if alone else max(threads // workers, threads * elements // limit)
                 begun.append(_Begun(name, elements, pool.submit(merge, name, share)))
                 under_way += elements
             first = begun.popleft()

@@ -1,4 +1,4 @@
-"""Order statistics of numbers computed from a tensor: exactly, block by block, without sorting or holding them.
+"""Order statistics of numbers computed from a tensor, exactly: block by block where they are not held.
 
 The order is ascending; equal numbers follow each other as in the tensor. `count` makes, once per node, a table
 over the upper halves of the bits of the float32 numbers; for any rank it names the range of values that holds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from search.merge.inputs import row_sums
 from search.merge.narrow import NARROW
 from search.merge.operator import Block, Inputs
+from search.torch_threads import one_thread
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements of a tensor handled at once where rows have to stay whole."""
@@ -29,17 +29,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def rounded(value: float, dtype: torch.dtype) -> float:
     """A number as `dtype` has it."""
     return float(torch.tensor(value, dtype=torch.float64).to(dtype))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one CPU thread, so that bits do not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def task_vectors(inputs: Inputs, block: Block) -> list[Tensor]:

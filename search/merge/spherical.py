@@ -15,9 +15,10 @@ from torch import Tensor
 
 from search.merge.inputs import row_sums
 from search.merge.operator import Apply, Block, Inputs
-from search.merge.rows import one_thread, task_vectors, wide
+from search.merge.rows import task_vectors, wide
 from search.merge.task_vectors import keep_all, sum_task_vectors
 from search.merge.weighted_sums import WeightedSum
+from search.torch_threads import one_thread
 
 SAME_DIRECTION = 1e-16
 """Vectors are colinear, antipodal ones too, where 1 - cosine^2 is not above this."""

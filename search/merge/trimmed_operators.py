@@ -155,9 +155,9 @@ class BreadcrumbsOperator(TrimmedOperator):
     )
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
-        from search.merge.breadcrumbs import count_magnitudes
+        from search.merge.breadcrumbs import prepare_ranks
 
-        return {} if inputs.compute == "inputs" else count_magnitudes(inputs)
+        return prepare_ranks(inputs)
 
     def trim(
         self,

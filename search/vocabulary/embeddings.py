@@ -123,7 +123,7 @@ def read_rows(tensor: Tensor, reads: Reads, row_of: Callable[[Place], Tensor], c
     """
     import torch
 
-    from search.merge.rows import one_thread
+    from search.torch_threads import one_thread
 
     exact = tensor.dtype if compute == "inputs" else torch.float64
     own = torch.tensor(reads.own)

@@ -73,7 +73,7 @@ def built() -> Path:
     """
     compiler = find_compiler()
     facts = "\n".join((*FLAGS, *compiler.command, compiler.version, _processor()))
-    code = b"\0".join(path.read_bytes() for path in (*_sources(), FOLDER / "common.h"))
+    code = b"\0".join(path.read_bytes() for path in (*_sources(), *sorted(FOLDER.glob("*.h"))))
     name = hashlib.sha256(code + b"\0" + facts.encode()).hexdigest()[:32]
     folder = cache_folder()
     path = folder / f"{name}.so"

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from search.merge.kernels import Mode
 from search.merge.kernels.library import library
+from search.merge.kernels.passes import MOST_INDEXED
 
-MOST_ELEMENTS = 1 << 32
-"""Beyond, torch sorts."""
-
-PROBES = (300, 5000)
+PROBES = (300, 5000, 70_000)
 """Elements of the tensors on which both are compared."""
 
 
@@ -67,7 +65,7 @@ def _without(values: Tensor, indices: Tensor) -> Tensor:
 
 def _fits(values: Tensor) -> bool:
     plain: bool = values.dtype == torch.float32 and values.device.type == "cpu"
-    return plain and bool(values.is_contiguous()) and values.numel() < MOST_ELEMENTS
+    return plain and bool(values.is_contiguous()) and values.numel() <= MOST_INDEXED
 
 
 @functools.cache

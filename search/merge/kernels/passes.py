@@ -1,4 +1,4 @@
-"""Passes over one task vector in native code: counts of magnitudes, and sums of what masks keep.
+"""Passes over one task vector in native code: counts and ranks of magnitudes, and sums of what masks keep.
 
 Each function gives None where the kernels cannot do it; plain torch then does the same.
 """
@@ -68,7 +68,7 @@ def count_magnitudes(inputs: Inputs, index: int, upper: int) -> Tensor | None:
     return difference.call_in_parts("count", lambda: torch.zeros(bins, dtype=torch.int64), upper)
 
 
-class Place(NamedTuple):
+class Ranked(NamedTuple):
     """An element in the order of magnitudes, equal ones as they lie: the bits of its magnitude, its flat index."""
 
     bits: int
@@ -80,7 +80,12 @@ class Place(NamedTuple):
         return self.bits << 32 | self.flat
 
 
-def element_at_rank(inputs: Inputs, index: int, rank: int, *, largest_first: bool = False) -> Place | None:
+def finds_ranks(inputs: Inputs) -> bool:
+    """Whether `element_at_rank` is for this tensor."""
+    return SAMPLED_ELEMENTS <= inputs.numel <= MOST_INDEXED and _native(inputs) is not None
+
+
+def element_at_rank(inputs: Inputs, index: int, rank: int, *, largest_first: bool = False) -> Ranked | None:
     """The element of source `index` whose magnitude has this rank, 0 to elements - 1, in one pass.
 
     A sample says in which range of values it must lie, and the elements of that range are sorted: a few in a hundred.
@@ -88,7 +93,7 @@ def element_at_rank(inputs: Inputs, index: int, rank: int, *, largest_first: boo
     Args:
         largest_first: rank 0 is the largest, and among equal ones still the first; else the smallest.
     """
-    difference = _difference(inputs, index) if SAMPLED_ELEMENTS <= inputs.numel <= MOST_INDEXED else None
+    difference = _difference(inputs, index) if finds_ranks(inputs) else None
     if difference is None:
         return None
     low, high = _range_of(inputs, index, inputs.numel - 1 - rank if largest_first else rank)
@@ -113,10 +118,10 @@ def element_at_rank(inputs: Inputs, index: int, rank: int, *, largest_first: boo
         return None
     keys.partition(rank)
     key = int(keys[rank]) ^ (LARGEST_BITS << 32 if largest_first else 0)
-    return Place(key >> 32, key & 0xFFFFFFFF)
+    return Ranked(key >> 32, key & 0xFFFFFFFF)
 
 
-def all_but_between(inputs: Inputs, index: int, low: Place | None, high: Place | None) -> Tensor | None:
+def all_but_between(inputs: Inputs, index: int, low: Ranked | None, high: Ranked | None) -> Tensor | None:
     """(elements,) bool: False for the elements of source `index` from `low` up to, but without, `high`."""
     difference = _difference(inputs, index) if inputs.numel <= MOST_INDEXED else None
     if difference is None:
@@ -132,7 +137,7 @@ def _range_of(inputs: Inputs, index: int, rank: int) -> tuple[int, int]:
     assert isinstance(inputs, TensorInputs)
     assert inputs.stored is not None
     assert inputs.stored[1] is not None
-    step = inputs.numel // SAMPLE
+    step = inputs.numel // SAMPLE | 1  # an even step would stay in a few columns of most matrices
     source, base = (tensor[::step].to(inputs.dtype) for tensor in (inputs.stored[0][index], inputs.stored[1]))
     sample = (source - base).abs_().float().view(torch.int32).sort().values
     at, margin = rank // step, SAMPLE_MARGIN
@@ -164,18 +169,25 @@ def sum_masked(inputs: Inputs, index: int, key: int, level: int, scale: float) -
     return difference.call_in_parts("mask_sums", lambda: torch.zeros(1025, dtype=torch.int64), scale)
 
 
-def _difference(inputs: Inputs, index: int) -> _Difference | None:
+def _native(inputs: Inputs) -> ctypes.CDLL | None:
+    """The library, if it reads tensors like these."""
     if not isinstance(inputs, TensorInputs) or inputs.dtype not in TYPES or inputs.device.type != "cpu":
         return None
     stored = inputs.stored
     if stored is None or stored[1] is None:
         return None
-    tensor, base = stored[0][index], stored[1]
-    if any(one.dtype not in TYPES or not one.is_contiguous() or one.device.type != "cpu" for one in (tensor, base)):
-        return None
-    code = library(inputs.kernels)
+    known = (one.dtype in TYPES and one.is_contiguous() and one.device.type == "cpu" for one in (*stored[0], stored[1]))
+    return library(inputs.kernels) if all(known) else None
+
+
+def _difference(inputs: Inputs, index: int) -> _Difference | None:
+    code = _native(inputs)
     if code is None:
         return None
+    assert isinstance(inputs, TensorInputs)
+    assert inputs.stored is not None
+    tensor, base = inputs.stored[0][index], inputs.stored[1]
+    assert base is not None
     inputs.count_bytes(tensor, base)
     source = Source(data=tensor.data_ptr(), type=TYPES[tensor.dtype], rounded=TYPES[inputs.dtype])
     return _Difference(code, source, base.data_ptr(), TYPES[base.dtype], inputs.numel)

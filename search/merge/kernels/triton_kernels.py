@@ -9,7 +9,7 @@ bfloat16 comes and goes as int16, and is widened and rounded here: Triton's inte
 
 BLOCK is search.merge.operator.ROW_ELEMENTS, so that a block never spans two segments of masks. ROUNDED says what
 results are rounded to before they are stored: 0 nothing else, 1 bfloat16, 2 float16. TRIM is 0 for none, 1 by
-magnitude, 2 by masks, as in cpu.cpp. Of the sources, each an argument of its own, COUNT are looked at.
+magnitude, 2 by masks, as in native_code/merge.cpp. Of the sources, each an argument of its own, COUNT are looked at.
 """
 
 import triton

@@ -27,8 +27,8 @@ class IsoC(Operator):
     prepares = "all_sources"
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
-        from search.merge.rows import one_thread
         from search.merge.task_matrices import factors, finished, is_matrix, isotropic, largest_norm, task_matrices
+        from search.torch_threads import one_thread
 
         if not is_matrix(inputs):
             return {}

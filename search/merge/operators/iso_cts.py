@@ -56,8 +56,8 @@ class IsoCts(Operator):
 
 
 def _merged(inputs: Inputs, common: float) -> Tensor:
-    from search.merge.rows import one_thread
     from search.merge.task_matrices import finished, task_matrices
+    from search.torch_threads import one_thread
 
     with one_thread():
         return finished(inputs, [_isotropic(tasks, common) for tasks in zip(*task_matrices(inputs), strict=True)])

@@ -108,7 +108,7 @@ class _Rounded:
         self.points = [vector / length for vector, length in zip(vectors, self._lengths, strict=True)]
 
     def dot(self, first: Tensor, second: Tensor) -> float:
-        from search.merge.rows import one_thread
+        from search.torch_threads import one_thread
 
         with one_thread():
             return float(first.dot(second))

@@ -105,7 +105,7 @@ def _cosine(
     dots: Tensor, norms: Tensor, pairs: Sequence[tuple[int, int]], compute: Literal["float32", "inputs"]
 ) -> Tensor:
     """The mean cosine, rounded at every step to the dtype of `dots` (pairs, ...) and `norms` (models, ...)."""
-    from search.merge.rows import one_thread
+    from search.torch_threads import one_thread
 
     first, second = (norms[[pair[index] for pair in pairs]] for index in range(2))
     cosines = (dots / (first * second).clamp_min_(TINY_PRODUCT)).clamp_(-1.0, 1.0)

@@ -94,7 +94,7 @@ def _solve(inputs: Inputs, grams: Sequence[tuple[Tensor, int]], weights: Sequenc
     """The merged matrix, in float64 inside, of the shape of the output."""
     import torch
 
-    from search.merge.rows import one_thread
+    from search.torch_threads import one_thread
 
     axis = grams[0][1]
     share = sum(weights)

@@ -172,7 +172,8 @@ def _energies(inputs: Inputs, select: _Selection | None) -> Tensor:
     import torch
 
     from search.merge.inputs import row_sums
-    from search.merge.rows import one_thread, task_vectors
+    from search.merge.rows import task_vectors
+    from search.torch_threads import one_thread
 
     rows: list[list[float]] = [[] for _ in inputs.models]
     whole = inputs.compute == "inputs"

@@ -36,8 +36,8 @@ class TsvM(Operator):
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
         import torch
 
-        from search.merge.rows import one_thread
         from search.merge.task_matrices import factors, finished, is_matrix, nearest_isometry, task_matrices
+        from search.torch_threads import one_thread
 
         tasks = len(inputs.models)
         if not is_matrix(inputs):

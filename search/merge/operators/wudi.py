@@ -36,8 +36,8 @@ class Wudi(Operator):
     prepares = "all_sources"
 
     def prepare(self, inputs: Inputs) -> dict[str, Tensor]:
-        from search.merge.rows import one_thread
         from search.merge.task_matrices import finished, has_inputs_first, is_matrix, task_matrices
+        from search.torch_threads import one_thread
 
         if not is_matrix(inputs):
             return {}

@@ -95,6 +95,13 @@ template <class W> inline W mask_word(W x, W second) {
     return x;
 }
 
+// The words of a row: two elements each, the even one below.
+inline void mask_row(uint64_t key, int64_t start, uint32_t* __restrict words) {
+    const MaskKeys keys = mask_keys(key, start / SEGMENT);
+    for (int64_t i = 0; i < ROW / 2; ++i)
+        words[i] = mask_word(keys.first + uint32_t(start % SEGMENT / 2 + i), keys.second) ^ 0x80008000u;
+}
+
 // --- stored types
 
 inline float from_bits(uint32_t bits) { return load<float>(&bits); }

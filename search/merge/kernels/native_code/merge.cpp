@@ -141,8 +141,11 @@ template <class T, int K, bool FUSE> void weighted_row(const Program& p, const R
 
 inline V shrink(V d, float bound) {  // keeps what is no number
     const V size = number(bits(d) & all(0x7fffffffu));
-    return drop_where(size <= all(bound), d);
+    // As whole numbers, which magnitudes order by and which leaves the units for floats to the rest.
+    return keep_where(reinterpret_cast<I>(bits(size)) > reinterpret_cast<I>(bits(all(bound))), d);
 }
+
+inline I above_zero(V x) { return reinterpret_cast<I>(x) > I{}; }  // and what is no number
 
 template <class T, int K, int FAMILY, bool DIVIDE, int TRIM>
 void task_row(const Program& p, const Row& row, char* __restrict out) {
@@ -169,7 +172,8 @@ void task_row(const Program& p, const Row& row, char* __restrict out) {
     // Elections go in groups, one stage at a time: by itself a processor sees too few elements ahead to overlap the
     // stages of one with those of the next.
     constexpr int64_t GROUP = FAMILY == ELECT ? 8 : 1;
-    Two terms[GROUP][ROOM], bases[GROUP], sums[GROUP];
+    // Arrays of V, because structs of two are copied piece by piece through other registers.
+    V terms_a[GROUP][ROOM], terms_b[GROUP][ROOM], bases_a[GROUP], bases_b[GROUP], sums_a[GROUP], sums_b[GROUP];
     for (int64_t first = 0; first < row.elements; first += GROUP * STEP) {
         const int64_t left = (row.elements - first) / STEP, steps = left < GROUP ? left : GROUP;
         for (int64_t g = 0; g < steps; ++g) {
@@ -193,24 +197,24 @@ void task_row(const Program& p, const Row& row, char* __restrict out) {
                 const V factor = all(factors[s]);
                 const Two term = {d.a * factor, d.b * factor};
                 sum = s ? Two{sum.a + term.a, sum.b + term.b} : term;
-                if (FAMILY == ELECT) terms[g][s] = term;
+                if (FAMILY == ELECT) terms_a[g][s] = term.a, terms_b[g][s] = term.b;
             }
-            bases[g] = base;
-            sums[g] = sum;
+            bases_a[g] = base.a, bases_b[g] = base.b;
+            sums_a[g] = sum.a, sums_b[g] = sum.b;
         }
         for (int64_t g = 0; FAMILY == ELECT && g < steps; ++g) {
             // Where the sign of the sum is s: the terms of that sign, over the sum of their weights.
             const V none = all(0.0f), one = all(1.0f);
-            Two sum = sums[g];
+            Two sum = {sums_a[g], sums_b[g]};
             const U sign_a = bits(sum.a) & all(0x80000000u), sign_b = bits(sum.b) & all(0x80000000u);
             Two share{};
             for (int s = 0; s < count; ++s) {
-                const V a = number(bits(terms[g][s].a) ^ sign_a), b = number(bits(terms[g][s].b) ^ sign_b);
+                const V a = number(bits(terms_a[g][s]) ^ sign_a), b = number(bits(terms_b[g][s]) ^ sign_b);
                 const Two agreed = {at_least_zero(a), at_least_zero(b)};
                 sum = s ? Two{sum.a + agreed.a, sum.b + agreed.b} : agreed;
                 if (DIVIDE) {
                     const V weight = all(weights[s]);
-                    const Two more = {keep_where(a > none, weight), keep_where(b > none, weight)};
+                    const Two more = {keep_where(above_zero(a), weight), keep_where(above_zero(b), weight)};
                     share = s ? Two{share.a + more.a, share.b + more.b} : more;
                 }
             }
@@ -219,11 +223,11 @@ void task_row(const Program& p, const Row& row, char* __restrict out) {
                 share = {share.a + keep_where(share.a == none, one), share.b + keep_where(share.b == none, one)};
                 sum = {sum.a / share.a, sum.b / share.b};
             }
-            sums[g] = sum;
+            sums_a[g] = sum.a, sums_b[g] = sum.b;
         }
         for (int64_t g = 0; g < steps; ++g) {
-            Two sum = sums[g];
-            const Two base = bases[g];
+            Two sum = {sums_a[g], sums_b[g]};
+            const Two base = {bases_a[g], bases_b[g]};
             if (FAMILY == SUM && DIVIDE) sum = {sum.a / all(divisor), sum.b / all(divisor)};
             if (scale != 1.0f) sum = {sum.a * all(scale), sum.b * all(scale)};
             sum = {sum.a + base.a, sum.b + base.b};

@@ -9,10 +9,8 @@ void trim_row(const Source& source, int64_t start, int64_t n, float* x) {
     if (source.dropped)
         for (int64_t i = 0; i < n; ++i) x[i] = source.dropped[start + i] ? 0.0f : x[i];
     if (source.level == LEVELS) return;
-    const MaskKeys keys = mask_keys(source.key, start / SEGMENT);
     uint32_t words[ROW / 2];
-    for (int64_t i = 0; i < ROW / 2; ++i)
-        words[i] = mask_word(keys.first + uint32_t(start % SEGMENT / 2 + i), keys.second) ^ 0x80008000u;
+    mask_row(source.key, start, words);
     // A product with 0 leaves the sign, as in torch.
     for (int64_t i = 0; i < n; ++i) x[i] *= (words[i / 2] >> 16 * (i % 2) & 0xffffu) < source.level ? 1.0f : 0.0f;
 }

@@ -1,8 +1,8 @@
 // Which elements torch's sort and topk would put into a range of ranks, without sorting the rest.
 //
-// A stable sort leaves nothing open. The others order equal numbers by how their algorithm moves them: std::sort (median of three, sections of up to 16 left to
-// insertion) and std::nth_element of the C++ library. Only sections in which a wanted rank falls need to be followed.
-// search.merge.kernels.order compares the outcome with torch's before it is used.
+// A stable sort leaves nothing open. The others order equal numbers by how their algorithm moves them: std::sort
+// (median of three, sections of up to 16 left to insertion) and std::nth_element of the C++ library. Only sections in
+// which a wanted rank falls need to be followed. search.merge.kernels.order compares the outcome with torch's before it is used.
 
 #include "common.h"
 

@@ -58,10 +58,8 @@ extern "C" float meiosis_largest(const Source* source, const void* base, int32_t
 extern "C" void meiosis_mask_sums(const Source* source, const void* base, int32_t base_type, int64_t start,
                                   int64_t stop, double scale, int64_t* sums) {
     each_delta(*source, base, base_type, start, stop, [&](int64_t at, int64_t n, const float* x) {
-        const MaskKeys keys = mask_keys(source->key, at / SEGMENT);
         uint32_t words[ROW / 2];
-        for (int64_t i = 0; i < ROW / 2; ++i)
-            words[i] = mask_word(keys.first + uint32_t(at % SEGMENT / 2 + i), keys.second) ^ 0x80008000u;
+        mask_row(source->key, at, words);
         int64_t kept = 0;
         for (int64_t i = 0; i < n; ++i) {
             const uint32_t u = words[i / 2] >> 16 * (i % 2) & 0xffffu;
