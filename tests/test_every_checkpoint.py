@@ -252,16 +252,15 @@ def test_a_tied_head_with_other_numbers_than_the_embedding_is_one_line(others: s
 
 
 def test_every_copy_of_a_tied_embedding_is_looked_at(tmp_path: Path) -> None:
-    # T5 ties two encoders' and the decoder's embeddings to one tensor; old files hold copies of all of them.
-    path = save(FAMILIES["t5"], tmp_path / "odd", 0)
+    path = save(FAMILIES["llama, tied"], tmp_path / "odd", 0)
+    other = save(FAMILIES["llama, tied"], tmp_path / "other", 1)
     state = load_file(path / "model.safetensors")
-    copies = {f"{part}.embed_tokens.weight": state["shared.weight"].clone() for part in ("encoder", "decoder")}
+    copies = {head: state["model.embed_tokens.weight"].clone() for head in ("lm_head.weight", "embed_out.weight")}
     save_file({**state, **copies}, path / "model.safetensors", {"format": "pt"})
-    other = save(FAMILIES["t5"], tmp_path / "other", 1)
     merge_recipe(soup({"odd": path, "other": other}), tmp_path / "good")
-    for part, copy in copies.items():
-        save_file({**state, **copies, part: copy + 1}, path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=part):
+    for head, copy in copies.items():
+        save_file({**state, **copies, head: copy + 1}, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"ties '{head}'"):
             merge_recipe(soup({"odd": path, "other": other}), tmp_path / "bad")
 
 

@@ -21,6 +21,10 @@ CHUNK_ELEMENTS = 1 << 20
 """Elements of a tensor handled at once where rows have to stay whole."""
 
 
+PIECE_ELEMENTS = 1 << 16
+"""Elements of several vectors handled at once."""
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What torch computes in for tensors of `dtype`: float32 for 16-bit types, else the type itself."""
     return torch.float32 if dtype in NARROW else dtype
@@ -47,6 +51,11 @@ def whole_task_vector(inputs: Inputs, index: int) -> Tensor:
     """One source as a flat tensor, minus the base where there is one."""
     values = inputs.whole(index).reshape(-1)
     return values if inputs.base is None else values - inputs.whole(None).reshape(-1)
+
+
+def pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of flat tensors of one length that stay in the processor's cache from one operation to the next."""
+    return zip(*(vector.split(PIECE_ELEMENTS) for vector in vectors), strict=True)
 
 
 def total(values: Tensor) -> float:

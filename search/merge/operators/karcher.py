@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from search.merge.operator import Apply, Inputs, Operator, Parameter
@@ -16,10 +16,6 @@ OPPOSITE = -1.0 + 1e-14
 
 TINY_ANGLE = 1e-15
 """A point nearer to the mean than this pulls no further, whatever the tolerance."""
-
-
-PIECE_ELEMENTS = 1 << 16
-"""Elements of several vectors handled at once."""
 
 
 class Karcher(Operator):
@@ -99,10 +95,13 @@ class _Rounded:
     """Vectors as they are, each operation rounded to their dtype, as mergekit computes it; norms are float32."""
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
+        import torch
+
         from search.merge.rows import rounded, wide
 
         self._dtype = vectors[0].dtype
         self._wide = wide(self._dtype)
+        self._copy = torch.empty(vectors[0].shape, dtype=self._wide, device=vectors[0].device)
         self.share = rounded(1.0 / len(vectors), self._wide)
         self._lengths = [self.length(vector) for vector in vectors]
         self.points = [vector / length for vector, length in zip(vectors, self._lengths, strict=True)]
@@ -116,7 +115,7 @@ class _Rounded:
     def length(self, vector: Tensor) -> float:
         from search.merge.rows import torch_norm
 
-        return float(torch_norm(vector.to(self._wide)))
+        return float(torch_norm(self._copy.copy_(vector)))
 
     def number(self, value: float) -> float:
         from search.merge.rows import rounded
@@ -142,9 +141,11 @@ def _mean(space: _Space, steps: int, tol: float) -> Tensor:
     """The unit vector at the mean of the points of a space."""
     import torch
 
+    from search.merge.rows import pieces
+
     mean = torch.zeros_like(space.points[0])
     for point in space.points:
-        for m, p in _pieces(mean, point):
+        for m, p in pieces(mean, point):
             m.add_(space.share * p)
     size = space.length(mean)
     if size < tol or not size:
@@ -160,21 +161,16 @@ def _mean(space: _Space, steps: int, tol: float) -> Tensor:
             if angle < max(tol, TINY_ANGLE) or cosine < OPPOSITE:
                 continue
             factor = space.number(space.share * space.number(angle / space.of("sin", angle)))
-            for s, p, m in _pieces(step, point, mean):
+            for s, p, m in pieces(step, point, mean):
                 s.add_((cosine * m).neg_().add_(p).mul_(factor))
         size = space.length(step)
         if size < tol or not size:
             break
         cosine, sine = space.of("cos", size), space.of("sin", size)
-        for m, s in _pieces(mean, step):
+        for m, s in pieces(mean, step):
             m.mul_(cosine).add_(s.div_(size).mul_(sine))
         mean.div_(space.length(mean))
     return mean
-
-
-def _pieces(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of the vectors that stay in the processor's cache from one operation to the next."""
-    return zip(*(vector.split(PIECE_ELEMENTS) for vector in vectors), strict=True)
 
 
 PLUGIN = Karcher()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from search.merge.operator import Apply, Inputs, Operator, Parameter
@@ -102,36 +102,44 @@ def _by_steps(inputs: Inputs, given: Sequence[float], shared: Mapping[str, Any])
     mean vanishes."""
     import torch
 
-    from search.merge.rows import torch_norm, torch_sum, whole_task_vector, wide
+    from search.merge.rows import pieces, torch_norm, torch_sum, whole_task_vector, wide
 
     dtype, eps, count = inputs.dtype, float(shared["eps"]), len(given)
-
-    def mean(vectors: Sequence[Tensor]) -> Tensor:
-        summed = torch.zeros(inputs.numel, dtype=wide(dtype), device=inputs.device)
-        for vector, weight in zip(vectors, weights, strict=True):
-            summed += vector * float(weight)
-        return summed.to(dtype)
-
     weights = torch.tensor(given, dtype=dtype)
     if shared["normalize_weights"]:
         weights = weights / weights.sum()
+    shares: list[float] = weights.tolist()
     vectors = [whole_task_vector(inputs, index) for index in range(count)]
     norms = torch.stack([torch_norm(vector) for vector in vectors]).cpu()
     divisors = [float(value) or 1.0 for value in norms + eps]
-    units = [vector / divisor for vector, divisor in zip(vectors, divisors, strict=True)]
-    del vectors
-    middle = mean(units)
+
+    def mean(out: Tensor, terms: Iterable[Tensor]) -> None:
+        summed = torch.zeros(out.shape, dtype=wide(dtype), device=out.device)
+        for term, share in zip(terms, shares, strict=True):
+            summed += term.mul_(share)
+        out.copy_(summed)
+
+    middle, other = (torch.empty_like(vectors[0]) for _ in range(2))
+    for out, *parts in pieces(middle, *vectors):
+        mean(out, (part / divisor for part, divisor in zip(parts, divisors, strict=True)))
     length = float(torch_norm(middle))
     if length < eps or not length:
         return None
-    middle = middle / length
-    tangent = mean([unit - middle * torch_sum(unit * middle) for unit in units])
-    del units
-    angle = torch_norm(tangent).cpu() + eps
+    middle.div_(length)
+    dots = []
+    for vector, divisor in zip(vectors, divisors, strict=True):
+        for out, m, v in pieces(other, middle, vector):
+            torch.mul(v / divisor, m, out=out)
+        dots.append(float(torch_sum(other)))
+    for out, m, *parts in pieces(other, middle, *vectors):
+        steps = zip(parts, divisors, dots, strict=True)
+        mean(out, ((part / divisor).sub_(m * dot) for part, divisor, dot in steps))
+    angle = torch_norm(other).cpu() + eps
     turn = float(torch.sin(angle) / angle) if float(angle) else 1.0
-    result = middle * float(torch.cos(angle)) + tangent * turn
-    result = result * float((norms * weights).sum())
-    return result if inputs.base is None else inputs.whole(None).reshape(-1) + result
+    cosine, size = float(torch.cos(angle)), float((norms * weights).sum())
+    for m, tangent in pieces(middle, other):
+        m.mul_(cosine).add_(tangent.mul_(turn)).mul_(size)
+    return middle if inputs.base is None else middle.add_(inputs.whole(None).reshape(-1))
 
 
 PLUGIN = MultiSlerp()
