@@ -78,6 +78,11 @@ class NodeBook:
         """Whether a node can die and leave work behind."""
         return len(self._nodes) > 1
 
+    @property
+    def room(self) -> int:
+        """How many workers the nodes that may get some hold while nothing else runs on them."""
+        return sum(self._fits(node.resources) for node in self._nodes.values() if node.usable)
+
     def refresh(self, now: float) -> None:
         """See which nodes are there, and take back those whose time is over."""
         self._look()

@@ -132,7 +132,7 @@ class Supervisor:
         """Whether jobs may start: every worker there is room for has passed the handshake."""
         if not self._gathered:
             greeted = self._greeted
-            self._gathered = greeted >= self._crew.room
+            self._gathered = greeted >= max(1, min(self._workers, self._nodes.room))
             self._expected = greeted
             if not self._gathered and time.monotonic() > self._gather_until:
                 self._gather_until += GATHER_SECONDS
