@@ -131,9 +131,11 @@ class NodeBook:
         return True
 
     def others(self, nodes: Collection[str]) -> bool:
-        """Whether there are workers on a usable node that is not one of these."""
+        """Whether a usable node that is not one of these has workers that get jobs."""
         return any(
-            node.usable and node.id not in nodes and any(slot.up for slot in node.workers.values())
+            node.usable
+            and node.id not in nodes
+            and any(slot.up and slot.phase != "doubted" for slot in node.workers.values())
             for node in self._nodes.values()
         )
 

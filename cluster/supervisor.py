@@ -222,7 +222,7 @@ class Supervisor:
             self._idle_deaths = 0
             if slot.entry.cancelled:
                 self._rest(slot)
-            elif slot.node in self._avoided:
+            elif slot.node in self._nodes.avoided:
                 self._jobs.put_back(slot.entry)
                 self._rest(slot)
             else:
@@ -264,7 +264,7 @@ class Supervisor:
         """The worker has nothing to do; on a node that is to be left it ends."""
         slot.phase, slot.entry = "idle", None
         self._engaged.discard(slot)
-        if slot.node in self._avoided:
+        if slot.node in self._nodes.avoided:
             self._replace(slot)
         else:
             self._idle.append(slot)
