@@ -8,75 +8,93 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster import handshake
+from cluster.calls import FOREVER, Calls
+from cluster.jobs import Entry
 from cluster.local_ray import Session
 from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
-from search.errors import WorkerError
+from search.errors import UserError, WorkerError
 from search.local_pool import one_line
-from search.pool import Job, WorkerPlan
+from search.pool import WorkerPlan
 
 START_SECONDS = 300.0
 """Time for a worker's process to come up, where it does not have to wait for room."""
-CHECK_SECONDS = 60.0
-"""Time for an idle worker to answer; its machine may be busy with swapping."""
 BUILD_SECONDS = 900.0
 """Time for a worker to load its models and evaluators."""
-FOREVER = float("inf")
 
-
-@dataclass(eq=False)
-class Entry:
-    """A submitted job, until its outcome is there.
-
-    Attributes:
-        message: the job as it is sent.
-        attempts: how often it was started.
-        lost_on: Ray's ids of the nodes on which its workers died, empty for one killed as overdue.
-    """
-
-    order: int
-    job: Job
-    message: bytes
-    attempts: int = 0
-    lost_on: list[str] = field(default_factory=list)
-    cancelled: bool = False
+Phase = Literal["starting", "building", "idle", "checking", "working", "doubted", "gone"]
 
 
 @dataclass(eq=False)
 class Slot:
-    """A worker. `call` is the one call in flight; at `deadline` (monotonic seconds) it is killed.
+    """A worker.
 
-    `checking` is the phase between idle and working: a job waits until the worker answers, so that one that
-    died while it was idle does not count against the job. `seen` is when it returned its last outcome.
+    Attributes:
+        call: number of the one call in flight, see `Calls`.
+        group: Ray's placement group that holds its GPUs, where it has several.
+        avoid: Ray's ids of nodes on which it must not be placed.
+        phase: `checking` lies between idle and working: a job waits until the worker answers, so that one that
+            died while it was idle does not count against the job. `doubted`: see `cluster.doubts`.
+        seen: when it returned its last outcome, in monotonic seconds.
+        failed: candidates that failed on it since the last success.
+        successes: how many outcomes of all workers were successes when the first of these failed.
     """
 
+    number: int
     name: str
     actor: Any
-    call: Any
-    deadline: float
-    phase: Literal["starting", "building", "idle", "checking", "working"] = "starting"
+    group: Any = None
+    avoid: frozenset[str] = frozenset()
+    call: int | None = None
+    phase: Phase = "starting"
     seen: float = -FOREVER
     node: str = ""
     entry: Entry | None = None
+    failed: set[int] = field(default_factory=set)
+    successes: int = 0
+
+    @property
+    def up(self) -> bool:
+        """Whether it can take jobs, or has one."""
+        return self.phase in ("idle", "checking", "working", "doubted")
 
     def kill(self) -> None:
-        """End the worker's process, whatever it does."""
+        """End the worker's process, whatever it does, and give back what was reserved for it."""
         import ray
 
+        self.phase = "gone"
         with contextlib.suppress(ray.exceptions.RayError, ValueError):  # gone already
             ray.kill(self.actor, no_restart=True)
+        if self.group is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.util.remove_placement_group(self.group)
+            self.group = None
+
+
+def check_gpus(gpus: float) -> None:
+    """Raise `UserError` for a number of GPUs that Ray cannot reserve for one worker."""
+    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise UserError(
+            f"cluster.gpus_per_worker is {gpus:g}, expected a fraction of one GPU, or a whole number of GPUs: "
+            "a worker shares one GPU with others, or has some for itself"
+        )
 
 
 class Crew:
     """Starts workers for one plan.
 
+    Ray chooses the node: a worker for which there is no room waits for it, which is also what makes an
+    autoscaler add nodes. A worker with several GPUs is put into a placement group of its own.
+
     Args:
         session: Ray, connected.
-        gpus: GPUs per worker.
+        calls: takes the calls that are made here.
+        gpus: GPUs per worker, see `check_gpus`.
         wanted: how many workers there shall be.
 
     Raises:
@@ -84,12 +102,14 @@ class Crew:
         WorkerError: no node of the cluster can hold a worker.
     """
 
-    def __init__(self, session: Session, plan: WorkerPlan, body: str, gpus: float, wanted: int) -> None:
+    def __init__(self, session: Session, calls: Calls, plan: WorkerPlan, body: str, gpus: float, wanted: int) -> None:
         import ray
 
         # On a cluster a worker reserves its threads; on this machine the number that the user gave counts.
-        self._session, cpus = session, 0 if session.own else plan.threads
-        self.room = _room(cpus, gpus, wanted)
+        self._session, self._calls, cpus = session, calls, 0 if session.own else plan.threads
+        self._cpus, self._gpus, self._wanted = cpus, gpus, wanted
+        self.room = min(wanted, sum(self.fits(have) for have in _alive()))
+        """How many workers, at most those wanted, the cluster holds while nothing else runs on it."""
         if self.room == 0:
             raise WorkerError(
                 f"no node of the Ray cluster can hold a worker: it needs {cpus} CPU and {gpus:g} GPU, "
@@ -108,36 +128,44 @@ class Crew:
                 environment=dict.fromkeys(THREAD_VARIABLES, str(plan.threads)),
             )
         )
-        self._class = ray.remote(actor_class()).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-        )
+        self._class = ray.remote(max_restarts=0, max_task_retries=0)(actor_class())
         self._numbers = itertools.count(1)
 
-    def hire(self, now: float) -> Slot:
-        """A new worker, on its way; its first call returns a `Greeting`."""
-        actor = self._class.remote()
+    def fits(self, resources: Mapping[str, float]) -> int:
+        """How many workers a node with these resources holds."""
+        needs = [(resources.get("CPU", 0.0), self._cpus), (resources.get("GPU", 0.0), self._gpus)]
+        # Half of 1 GPU, thrice a third: a little more than there is must still count as there.
+        return min((int(there / need + 1e-6) for there, need in needs if need > 0), default=self._wanted)
+
+    def hire(self, now: float, avoid: frozenset[str] = frozenset()) -> Slot:
+        """A new worker, on its way; its first call returns a `Greeting`. It is placed on no node in `avoid`."""
+        options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus}
+        labels = {"ray.io/node-id": f"!in({', '.join(sorted(avoid))})"} if avoid else {}
+        group = None
+        if self._gpus > 1:
+            group, options["scheduling_strategy"] = self._reserve(labels)
+        else:
+            options |= {"scheduling_strategy": "SPREAD", "label_selector": labels}
+        actor = self._class.options(**options).remote()
+        number = next(self._numbers)
+        slot = Slot(number, f"worker-{number}", actor, group, avoid)
         deadline = now + START_SECONDS if self._session.own else FOREVER  # on a cluster it may wait for room
-        call = actor.hello.remote(self._surroundings, self._shards)
-        return Slot(f"worker-{next(self._numbers)}", actor, call, deadline)
+        self._calls.send(slot, actor.hello.remote(self._surroundings, self._shards), deadline)
+        return slot
 
     def build(self, slot: Slot, now: float) -> None:
         """Let a worker construct its body; the call returns `Built` or a `StartError`."""
-        slot.phase, slot.deadline = "building", now + BUILD_SECONDS
-        slot.call = slot.actor.build.remote(self._setup)
+        slot.phase = "building"
+        self._calls.send(slot, slot.actor.build.remote(self._setup), now + BUILD_SECONDS)
 
+    def _reserve(self, labels: dict[str, str]) -> tuple[Any, Any]:
+        """A placement group on one node for one worker, and the strategy that puts the worker there."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-def dead_nodes() -> set[str]:
-    """Ray's ids of nodes that were there once."""
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-
-
-def several_nodes() -> bool:
-    """Whether a node can die and leave work behind."""
-    import ray
-
-    return len(ray.nodes()) > 1
+        needs = {"GPU": self._gpus, **({"CPU": float(self._cpus)} if self._cpus else {})}
+        group = placement_group([needs], strategy="STRICT_PACK", bundle_label_selector=[labels] if labels else None)
+        return group, PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
 
 
 def reason(error: BaseException) -> str:
@@ -166,14 +194,3 @@ def _alive() -> list[dict[str, float]]:
 
 def _largest(resource: str) -> float:
     return max((have.get(resource, 0.0) for have in _alive()), default=0.0)
-
-
-def _room(cpus: float, gpus: float, wanted: int) -> int:
-    """How many workers, at most those wanted, the cluster holds while nothing else runs on it."""
-
-    def fits(have: dict[str, float]) -> int:
-        needs = [(have.get("CPU", 0.0), cpus), (have.get("GPU", 0.0), gpus)]
-        # Half of 1 GPU, thrice a third: a little more than there is must still count as there.
-        return min((int(there / need + 1e-6) for there, need in needs if need > 0), default=wanted)
-
-    return min(wanted, sum(fits(have) for have in _alive()))

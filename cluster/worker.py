@@ -21,6 +21,7 @@ from cluster.handshake import Identity, Package, evaluator_sources, identity
 from cluster.shards import attach, node_folder, warm
 from search.errors import MeiosisError, UserError, WorkerError
 from search.local_pool import Body, failed, make_body, one_line, run_body
+from search.outcome_check import check_size
 from search.pool import Failure, Job, WorkerPlan
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -169,10 +170,12 @@ class Worker:
         assert isinstance(request, Job)
         outcome = run_body(self._body, request)
         try:
-            return pickle.dumps(outcome)
+            message = pickle.dumps(outcome)
+            check_size(message)
+            return message
         except Exception as error:  # noqa: BLE001 - pickle raises what the object's own methods raise
-            message = f"the outcome cannot be sent to the driver: {one_line(error)}"
-            return pickle.dumps(failed(request, Failure("error", message, traceback.format_exc())))
+            why = f"the outcome cannot be sent to the driver: {one_line(error)}"
+            return pickle.dumps(failed(request, Failure("error", why, traceback.format_exc())))
 
 
 @dataclass(frozen=True)

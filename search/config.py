@@ -244,15 +244,33 @@ class ClusterConfig(_Section):
     """Where the search runs."""
 
     pool: Literal["ray", "local"] = Field("ray", description="ray: a process per worker; local: this process, no Ray")
-    workers: int = Field(2, ge=1, le=10_000, description="candidates evaluated at the same time")
+    workers: int = Field(
+        2,
+        ge=1,
+        le=10_000,
+        description="most candidates evaluated at the same time; on a cluster with less room the others start "
+        "when nodes join",
+    )
     address: str | None = Field(None, description="address of a running Ray cluster; by default one is started here")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs, or a fraction of one, that a worker reserves")
+    gpus_per_worker: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPUs that a worker reserves: a fraction of one, or a whole number, all of them on one node",
+    )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ...")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="dtype of the merged model; by default that of the base"
     )
     trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"expected a fraction of one GPU or a whole number of GPUs, found {gpus:g}")
+        return gpus
 
     @model_validator(mode="after")
     def _local_has_no_cluster(self) -> Self:

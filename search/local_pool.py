@@ -1,7 +1,7 @@
 """The pool in this process: no Ray, no other process, one job after another.
 
 It serves tests, debugging and small searches, and says what every pool does with the body of a
-worker: how it is found, what becomes of what it raises, and what counts as an outcome.
+worker: how it is found, and what becomes of what it raises.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-from evaluators.base import ItemPool, Scores
+from evaluators.base import ItemPool
+from search.outcome_check import checked
 from search.pool import Failure, Job, Outcome, WorkerPlan
 
 DEFAULT_BODY = "search.evaluation:Evaluation"
@@ -53,38 +53,6 @@ def one_line(error: BaseException) -> str:
     """`TypeError: first line of the message`."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def checked(outcome: object, job: Job) -> Outcome:
-    """The outcome with plain floats for metrics.
-
-    Raises:
-        TypeError: not an `Outcome`, or parts of it have other types than it declares.
-        ValueError: the outcome of another job, or scores whose lengths disagree.
-    """
-    if not isinstance(outcome, Outcome):
-        raise TypeError(f"the worker returned {type(outcome).__name__}, expected Outcome")
-    if outcome.key != job.key:
-        raise ValueError(f"the worker returned the outcome of {outcome.key}, expected that of {job.key}")
-    if not (outcome.failure is None or isinstance(outcome.failure, Failure)):
-        raise TypeError(f"outcome.failure is {type(outcome.failure).__name__}, expected Failure or None")
-    if outcome.failure is not None and (outcome.scores or outcome.metrics):
-        raise ValueError("the outcome has a failure and scores; expected one of them")
-    if not (isinstance(outcome.metrics, Mapping) and isinstance(outcome.scores, Mapping)):
-        raise TypeError("outcome.metrics and outcome.scores must be mappings")
-    untrusted: Mapping[Any, Any] = outcome.metrics
-    metrics: dict[str, float] = {}
-    for name, value in untrusted.items():
-        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"outcome.metrics[{name!r}] is {type(value).__name__}, expected a float")
-        metrics[name] = float(value)
-    for name, scores in outcome.scores.items():
-        if not isinstance(name, str) or not isinstance(scores, Scores):
-            raise TypeError(f"outcome.scores[{name!r}] is {type(scores).__name__}, expected Scores")
-        lengths = {len(scores.items), len(scores.weights), *map(len, scores.values.values())}
-        if len(lengths) > 1:
-            raise ValueError(f"outcome.scores[{name!r}] has {sorted(lengths)} items, weights and values")
-    return replace(outcome, metrics=metrics)
 
 
 class LocalPool:

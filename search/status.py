@@ -11,6 +11,7 @@ from search.errors import MeiosisError
 from search.finals import Verdict
 from search.manifest import read_manifest
 from search.store.events import Ask, End, Trial
+from search.store.nodes_file import WorkersState, read_nodes
 from search.store.run_folder import RunFolder
 
 
@@ -26,6 +27,7 @@ class RunStatus:
         last_result: local time of the last trial.
         verdict: the sentence of a finished run.
         model: exported model, where there is one.
+        workers: workers and nodes of a run on Ray as its pool last saw them.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RunStatus:
     last_result: str | None = None
     verdict: str | None = None
     model: str | None = None
+    workers: WorkersState | None = None
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -84,4 +87,5 @@ def run_status(folder: RunFolder) -> RunStatus:
         last_result=datetime.fromtimestamp(last).isoformat(" ", "seconds") if last else None,
         verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
         model=str(folder.best) if folder.best.exists() else None,
+        workers=read_nodes(folder.path),
     )

@@ -109,6 +109,10 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "budget is a word": (put("search.budget", "many"), ["search.budget", "integer", "'many'"]),
     "budget below the parents": (put("search.budget", 3), ["search.budget", "too small", "at least 5"]),
     "local pool with GPUs": (put("cluster.gpus_per_worker", 1), ["cluster", "pool: local knows no address"]),
+    "a GPU and a half": (
+        put("cluster.gpus_per_worker", 1.5),
+        ["cluster.gpus_per_worker", "a fraction of one GPU or a whole number of GPUs, found 1.5"],
+    ),
     "budget is zero": (put("search.budget", 0), ["search.budget", "greater than or equal to 1"]),
     "negative seed": (put("seed", -1), ["seed", "greater than or equal to 0"]),
     "no workers": (put("cluster.workers", 0), ["cluster.workers", "greater than or equal to 1"]),

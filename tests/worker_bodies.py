@@ -6,6 +6,7 @@ rule's parameters are the arguments. Every start of a job is noted in `prepared_
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.errors import UserError
-from search.pool import Job, Outcome, WorkerPlan
+from search.outcome_check import MESSAGE_BYTES
+from search.pool import Failure, Job, Outcome, WorkerPlan
 from search.recipe import ModelRef, Recipe, Rule
 
 
@@ -97,6 +99,38 @@ class Scripted:
 
     def environment(self, outcome: Outcome, variable: str) -> Outcome:
         return replace(outcome, metrics={variable: float(os.environ[variable])})
+
+    def not_a_number(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, metrics={"test.square": float("nan"), "test.one": 1.0})
+
+    def too_large(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, failure=Failure("error", "much", "x" * (MESSAGE_BYTES + 1)), metrics={})
+
+    def sick(self, outcome: Outcome, seconds: float) -> None:
+        """Every job fails in the process that runs the first of them, and in no other."""
+        time.sleep(seconds)
+        with contextlib.suppress(FileExistsError), (self.folder / "sick").open("x") as mark:
+            mark.write(str(os.getpid()))
+        if (self.folder / "sick").read_text() == str(os.getpid()):
+            raise RuntimeError("this process is sick")
+
+    def gpus(self, outcome: Outcome) -> Outcome:
+        """Which GPUs Ray gave to the worker, and how many, with the node as text in `node-<candidate>`."""
+        self.where(outcome)
+        numbers = [int(number) for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
+        return replace(outcome, metrics={"gpus": float(len(numbers)), "first": float(numbers[0])})
+
+    def where(self, outcome: Outcome, seconds: float = 0.0) -> None:
+        import ray
+
+        (self.folder / f"node-{outcome.candidate}").write_text(ray.get_runtime_context().get_node_id())
+        time.sleep(seconds)
+
+    def where_it_is_safe(self, outcome: Outcome, seconds: float) -> None:
+        """Kills the process on the node whose id is in `bad`."""
+        self.where(outcome, seconds)
+        if (self.folder / f"node-{outcome.candidate}").read_text() == (self.folder / "bad").read_text():
+            os._exit(1)
 
     def interrupt_once(self, outcome: Outcome) -> None:
         mark = self.folder / "interrupted"

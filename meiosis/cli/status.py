@@ -12,6 +12,7 @@ from meiosis.cli.common import debug_option, json_option, out, print_json, resul
 
 if TYPE_CHECKING:
     from search.status import RunStatus
+    from search.store.nodes_file import WorkersState
 
 
 @click.command("status", epilog="Example: meiosis status first")
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def command(run: str | None, results: Path, as_json: bool) -> None:
-    """List the runs, or show progress, best and failures of RUN."""
+    """List the runs, or show progress, best, failures, workers and nodes of RUN."""
     from search.status import run_status, status_or_damage
     from search.store.run_folder import RunFolder
 
@@ -69,9 +70,28 @@ def _show(status: RunStatus) -> None:
             console.print(f"  {name} {value:.4f}")
     for message, count in status.failures.items():
         console.print(f"Failed: {count} x {message}", soft_wrap=True)
+    if status.workers is not None and status.state != "finished":
+        _show_workers(status.workers, running=status.state == "running")
     if status.verdict:
         console.print(status.verdict, soft_wrap=True)
     if status.model:
         console.print(f"Exported model: {status.model}", soft_wrap=True)
     if status.state == "stopped":
         console.print(f"Go on with: meiosis resume {status.path}", soft_wrap=True)
+
+
+def _show_workers(workers: WorkersState, *, running: bool) -> None:
+    console = out()
+    when = "" if running else f" when it stopped, {workers.written_at}"
+    console.print(f"Workers: {workers.up} of at most {workers.wanted} up{when}")
+    for node in workers.nodes:
+        state = f"{node.state} until {node.until}" if node.until and node.state == "set aside" else node.state
+        if node.until and node.state == "draining":
+            state = f"{node.state}, goes at {node.until}"
+        counts = f"{_count(len(node.workers), 'worker')}, {_count(node.deaths, 'death')}"
+        why = f": {node.why}" if node.why else ""
+        console.print(f"  node {node.host} ({node.id}): {state}, {counts}{why}", soft_wrap=True)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,175 @@
+"""What was submitted and what became of it: the jobs of a pool, without the workers.
+
+Every operation on the way of an ordinary job takes the same time however many jobs there are.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import pickle
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from evaluators.base import ItemPool
+from search.local_pool import failed, one_line
+from search.pool import Failure, Job, Outcome
+
+Key = tuple[int, ItemPool]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A submitted job, until its outcome is there.
+
+    Attributes:
+        message: the job as it is sent.
+        attempts: how often it was started.
+        lost_on: Ray's ids of the nodes on which its workers died, empty for one killed as overdue.
+        left: node -> why the worker that had the job there is gone; it is tried on other nodes.
+        failed_first: the outcome that is not believed before another worker has tried.
+    """
+
+    order: int
+    job: Job
+    message: bytes
+    attempts: int = 0
+    lost_on: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    failed_first: Outcome | None = None
+    cancelled: bool = False
+
+
+class JobBook:
+    """Jobs that wait for a worker, those under way, and outcomes that wait to be collected."""
+
+    def __init__(self) -> None:
+        self._orders = itertools.count()
+        self._open: dict[Key, Entry] = {}
+        self._queue: deque[Entry] = deque()
+        self._again: list[Entry] = []
+        self._done: dict[Key, Outcome] = {}
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a job is there that has no outcome yet."""
+        return bool(self._open)
+
+    def any_waiting(self) -> bool:
+        """Whether a job waits for a worker."""
+        while self._queue and self._queue[0].cancelled:
+            self._queue.popleft()
+        return bool(self._queue or self._again)
+
+    @property
+    def any_done(self) -> bool:
+        """Whether an outcome waits to be collected."""
+        return bool(self._done)
+
+    def add(self, job: Job) -> None:
+        """Queue a job; one that cannot be sent fails at once.
+
+        Raises:
+            ValueError: a job with this key is under way already or was not collected yet.
+        """
+        if job.key in self._open or job.key in self._done:
+            raise ValueError(f"job {job.key} was submitted twice")
+        try:
+            message = pickle.dumps(job)
+        except Exception as error:  # noqa: BLE001 - pickle raises what the object's own methods raise
+            why = f"the job cannot be sent to a worker: {one_line(error)}"
+            self._done[job.key] = failed(job, Failure("error", why), attempts=0)
+        else:
+            entry = Entry(next(self._orders), job, message)
+            self._open[job.key] = entry
+            self._queue.append(entry)
+
+    def next_for(self, may_run: Callable[[Entry], bool]) -> Entry | None:
+        """The next job for a worker, taken out of the queue: those that run again first.
+
+        Args:
+            may_run: whether the worker may take a job that some worker had before.
+        """
+        for index, entry in enumerate(self._again):
+            if may_run(entry):
+                return self._again.pop(index)
+        return self._queue.popleft() if self.any_waiting() and self._queue else None
+
+    def put_back(self, entry: Entry) -> None:
+        """Queue a job again, before all that were submitted later."""
+        if not entry.cancelled:
+            bisect.insort(self._again, entry, key=lambda queued: queued.order)
+
+    def withdraw(self, entry: Entry) -> bool:
+        """Take a job that runs again out of the queue; returns whether it was there."""
+        found = entry in self._again
+        if found:
+            self._again.remove(entry)
+        return found
+
+    def conclude(self, entry: Entry, outcome: Outcome) -> None:
+        """The job has an outcome; dropped if nobody wants it any more."""
+        if not entry.cancelled and self._open.pop(entry.job.key, None) is not None:
+            self._done[entry.job.key] = outcome
+
+    def cancel(self, key: Key) -> Entry | None:
+        """Forget a job and its outcome; returns what was under way."""
+        self._done.pop(key, None)
+        entry = self._open.pop(key, None)
+        if entry is not None:
+            entry.cancelled = True
+            self.withdraw(entry)
+        return entry
+
+    def take(self) -> tuple[Outcome, ...]:
+        """The outcomes that wait to be collected, once."""
+        done, self._done = self._done, {}
+        return tuple(done.values())
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._open, self._done, self._again = {}, {}, []
+        self._queue.clear()
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    entry: Entry
+    failure: Failure
+    worker: str
+    due: float
+
+
+class Suspects:
+    """Jobs whose last worker died, while it is open whether the node died with it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_Suspect] = []
+
+    def add(self, entry: Entry, failure: Failure, worker: str, due: float) -> None:
+        """Wait until `due` (monotonic seconds) before the job counts as failed."""
+        self._waiting.append(_Suspect(entry, failure, worker, due))
+
+    def judge(self, dead: Collection[str], attempts: int, now: float) -> tuple[list[Entry], list[_Suspect]]:
+        """Jobs to start again, since their worker died with its node; and those that have failed for good.
+
+        Args:
+            dead: Ray's ids of nodes that died.
+            attempts: so many deaths make a failure.
+            now: monotonic seconds.
+        """
+        again, gone, rest = [], [], []
+        for suspect in self._waiting:
+            entry = suspect.entry
+            entry.lost_on = [node for node in entry.lost_on if node not in dead]
+            if entry.cancelled:
+                continue
+            if len(entry.lost_on) < attempts:
+                again.append(entry)
+            elif suspect.due <= now:
+                gone.append(suspect)
+            else:
+                rest.append(suspect)
+        self._waiting = rest
+        return again, gone

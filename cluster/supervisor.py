@@ -1,0 +1,367 @@
+"""The workers of a pool, moved from phase to phase: started, given jobs, ended and replaced.
+
+What is remembered of jobs, calls, nodes and failures is in modules of their own. Nothing on the way of an ordinary
+job takes longer with more workers.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster import handshake
+from cluster.calls import FOREVER, Calls
+from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Slot, reason
+from cluster.doubts import FAILURES_IN_A_ROW, Doubts
+from cluster.jobs import Entry, JobBook, Suspects
+from cluster.nodes import NodeBook, node_of
+from cluster.worker import Built, Greeting, StartError
+from search.errors import WorkerError
+from search.local_pool import failed, one_line
+from search.outcome_check import OutcomeCheck, check_size
+from search.pool import Failure, FailureKind, Outcome
+
+ATTEMPTS = 2
+"""How often a job is started whose workers die or exceed the time limit."""
+START_DEATHS = 3
+"""After so many workers in a row that could not start, something is wrong for good. So it is when all workers
+died that often while they were idle, and none of them lived to take a job."""
+CHECK_SECONDS = 60.0
+"""Time for an idle worker to answer; its machine may be busy with swapping."""
+MOMENT_SECONDS = 1.0
+"""A worker that returned an outcome so recently gets the next job without being asked whether it is alive:
+it would have nothing to do while the driver records that outcome."""
+NODES_SECONDS = 1.0
+"""So often the nodes are looked at."""
+GATHER_SECONDS = 60.0
+"""How long the first jobs wait for the handshake of workers that a busy cluster has no room for."""
+NODE_DEATH_SECONDS = 20.0
+"""Ray may need this long to notice that a whole node died; its jobs are not to blame for that."""
+
+
+class Supervisor:
+    """Keeps workers at work on the jobs of a book.
+
+    Args:
+        crew, calls: where workers come from, and the calls to them.
+        jobs: what there is to do; outcomes are written into it.
+        check: what outcomes are checked with.
+        workers: how many workers there shall be.
+        trial_seconds: time limit of one attempt at a job.
+        patient: whether the first jobs wait for all workers that there is room for, however long they take.
+        folder: the run's, for `workers/nodes.json`.
+        report: called with one line when something about the workers is worth telling.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        calls: Calls,
+        jobs: JobBook,
+        check: OutcomeCheck,
+        *,
+        workers: int,
+        trial_seconds: float,
+        patient: bool,
+        folder: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        self._crew, self._calls, self._jobs, self._check = crew, calls, jobs, check
+        self._workers, self._trial_seconds, self._folder, self._report = workers, trial_seconds, folder, report
+        self._suspects, self._doubts = Suspects(), Doubts()
+        self._nodes = NodeBook(crew.fits, report)
+        self._avoided = self._nodes.avoided
+        self._slots: dict[int, Slot] = {}
+        self._up: set[Slot] = set()
+        self._engaged: set[Slot] = set()
+        self._idle: deque[Slot] = deque()
+        self._greeted = self._start_deaths = self._idle_deaths = self._expected = 0
+        self._gathered = self._all_up = False
+        now = time.monotonic()
+        self._next_look = now
+        self._gather_until = FOREVER if patient else now + GATHER_SECONDS
+        for _ in range(workers):
+            self._hire(now)
+
+    @property
+    def busy(self) -> int:
+        """How many workers have a job."""
+        return len(self._engaged)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the workers that there was room for at the start are up."""
+        return self._gather() and len(self._up) >= self._expected
+
+    def step(self, seconds: float) -> None:
+        """Hand out jobs, wait up to `seconds` for workers, deal with what came and with what did not."""
+        self._dispatch()
+        for slot, ref in self._calls.returned(seconds):
+            self._arrived(slot, ref)
+        now = time.monotonic()
+        for slot in self._calls.overdue(now):
+            limits = {"starting": START_SECONDS, "building": BUILD_SECONDS, "checking": CHECK_SECONDS}
+            limit = limits.get(slot.phase, self._trial_seconds)
+            self._lost(slot, f"not done after {limit:g} s", "timeout")
+        if now >= self._next_look:
+            self._next_look = now + NODES_SECONDS
+            self._look(now)
+        self._dispatch()
+
+    def cancelled(self, entry: Entry) -> None:
+        """A job is not wanted any more. One that runs is left to end."""
+        self._trust(self._doubts.settle(entry))
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._nodes.write(self._folder, self._workers)
+        for slot in self._slots.values():
+            self._calls.drop(slot)
+            slot.kill()
+        self._slots.clear()
+        self._up.clear()
+        self._engaged.clear()
+
+    def _gather(self) -> bool:
+        """Whether jobs may start: every worker there is room for has passed the handshake."""
+        if not self._gathered:
+            greeted = self._greeted
+            self._gathered = greeted >= max(1, min(self._workers, self._nodes.room))
+            self._expected = greeted
+            if not self._gathered and time.monotonic() > self._gather_until:
+                self._gather_until += GATHER_SECONDS
+                self._gathered = greeted > 0
+                self._report(f"the cluster is busy: it has room for {greeted} of {self._workers} workers now")
+        return self._gathered
+
+    def _look(self, now: float) -> None:
+        """What is done once a second: see how the nodes are, and what follows from it."""
+        self._nodes.refresh(now)
+        if self._nodes.avoided != self._avoided:
+            self._avoided = self._nodes.avoided
+            for slot in list(self._slots.values()):
+                unplaced = slot.phase == "starting" and slot.avoid - self._avoided
+                if unplaced or (slot.node in self._avoided and slot.phase in ("building", "idle", "doubted")):
+                    self._replace(slot)
+        again, gone = self._suspects.judge(self._nodes.dead, ATTEMPTS, now)
+        for entry in again:
+            self._jobs.put_back(entry)
+        for suspect in gone:
+            self._conclude(suspect.entry, failed(suspect.entry.job, suspect.failure), suspect.worker)
+        if len(self._doubts) and len(self._doubts) == len(self._up):  # nobody is there to ask
+            for entry in self._doubts.entries():
+                if entry.failed_first is not None and self._jobs.withdraw(entry):
+                    self._conclude(entry, entry.failed_first, entry.failed_first.worker)
+        self._nodes.write(self._folder, self._workers)
+
+    def _dispatch(self) -> None:
+        """Give the next jobs to idle workers, in the order of submission."""
+        if not self._idle or not self._jobs.any_waiting() or not self._gather():
+            return
+        for _ in range(len(self._idle)):
+            slot = self._idle.popleft()
+            if slot.phase != "idle":  # replaced since
+                continue
+            entry = self._jobs.next_for(partial(self._may_run, slot))
+            if entry is None:
+                self._idle.append(slot)
+                if not self._jobs.any_waiting():
+                    return
+                continue
+            slot.entry = entry
+            self._engaged.add(slot)
+            now = time.monotonic()
+            if now - slot.seen < MOMENT_SECONDS:
+                self._start(slot, entry)
+            else:
+                slot.phase = "checking"
+                self._calls.send(slot, slot.actor.check.remote(), now + CHECK_SECONDS)
+
+    def _may_run(self, slot: Slot, entry: Entry) -> bool:
+        """Whether a worker may have a job that was given to others: not where it was lost, if there is a choice."""
+        if self._doubts.asker(entry) is slot:
+            return False
+        return slot.node not in entry.left or not self._nodes.others(entry.left)
+
+    def _start(self, slot: Slot, entry: Entry) -> None:
+        entry.attempts += 1
+        slot.phase = "working"
+        self._calls.send(slot, slot.actor.run.remote(entry.message), time.monotonic() + self._trial_seconds)
+
+    def _arrived(self, slot: Slot, ref: Any) -> None:
+        """Take what a worker's call returned, and move the worker on."""
+        import ray
+
+        try:
+            data = ray.get(ref)
+            check_size(data)
+            message = pickle.loads(data)  # noqa: S301 - written by our own worker
+        except ray.exceptions.OutOfMemoryError:
+            self._lost(slot, "Ray ended it because its node ran out of memory", "out_of_memory")
+            return
+        except Exception as error:  # noqa: BLE001 - becomes the failure of the trial, or of the start
+            # What the worker's code raised, as where our packages are missing, and scores whose classes this
+            # process cannot read are errors. All else that Ray raises means that the process, its node or
+            # the result that lay on that node is gone.
+            died = isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
+            self._lost(slot, reason(error), "crash" if died else "error")
+            return
+        if slot.phase == "starting":
+            assert isinstance(message, Greeting)
+            self._greeting(slot, message)
+        elif slot.phase == "building":
+            assert isinstance(message, Built | StartError)
+            self._built(slot, message)
+        elif slot.entry is not None and slot.phase == "checking":
+            self._idle_deaths = 0
+            if slot.entry.cancelled:
+                self._rest(slot)
+            elif slot.node in self._nodes.avoided:
+                self._jobs.put_back(slot.entry)
+                self._rest(slot)
+            else:
+                self._start(slot, slot.entry)
+        elif slot.entry is not None:
+            entry, slot.entry, slot.seen = slot.entry, None, time.monotonic()
+            self._finish(slot, entry, message)
+            if slot.phase == "working":
+                self._rest(slot)
+            self._engaged.discard(slot)
+
+    def _greeting(self, slot: Slot, message: Greeting) -> None:
+        handshake.compare(self._crew.identity, message.identity, slot.name)
+        slot.node, slot.name = message.node_id, f"{slot.name}/{message.pid}"
+        slot.phase = "building"
+        self._greeted += 1
+        self._nodes.arrived(slot)
+        if slot.node in self._nodes.avoided:
+            self._replace(slot)
+        else:
+            self._crew.build(slot, time.monotonic())
+
+    def _built(self, slot: Slot, message: Built | StartError) -> None:
+        if isinstance(message, Built):
+            handshake.compare_evaluators(self._crew.evaluators, message.evaluators, slot.name, message.node)
+            self._up.add(slot)
+            self._nodes.now_up()
+            self._rest(slot)
+            self._start_deaths = 0
+            if not self._all_up:
+                self._all_up = len(self._up) == self._workers
+                self._report(f"worker {len(self._up)}/{self._workers} ready")
+        elif message.explained is not None:
+            raise message.explained
+        else:
+            self._lost(slot, message.message, "error", message.detail)
+
+    def _rest(self, slot: Slot) -> None:
+        """The worker has nothing to do; on a node that is to be left it ends."""
+        slot.phase, slot.entry = "idle", None
+        self._engaged.discard(slot)
+        if slot.node in self._nodes.avoided:
+            self._replace(slot)
+        else:
+            self._idle.append(slot)
+
+    def _finish(self, slot: Slot, entry: Entry, message: object) -> None:
+        """A worker returned what became of a job."""
+        if entry.cancelled:
+            return
+        try:
+            outcome = self._check.check(message, entry.job)
+        except (TypeError, ValueError) as error:
+            outcome = failed(entry.job, Failure("error", one_line(error)))
+        if outcome.failure is None:
+            self._doubts.succeeded(slot)
+        elif self._doubts.failed(slot, entry.job.candidate) and entry.failed_first is None and len(self._up) > 1:
+            entry.failed_first = outcome
+            self._doubts.wait(slot, entry)
+            self._jobs.put_back(entry)
+            return
+        for node, why in entry.left.items():
+            if node != slot.node:  # it can be run, so what happened there was not its doing
+                self._nodes.blame(node, why, time.monotonic())
+        self._conclude(entry, outcome, slot.name)
+
+    def _conclude(self, entry: Entry, outcome: Outcome, worker: str) -> None:
+        """A job has its outcome."""
+        doubted = self._doubts.settle(entry)
+        if doubted is not None and outcome.failure is None:
+            why = f"{FAILURES_IN_A_ROW} candidates in a row failed on it, and the last of them not on {worker}"
+            self._nodes.blame(doubted.node, why, time.monotonic())
+            self._replace(doubted, why)
+        else:
+            self._trust(doubted)
+        self._jobs.conclude(entry, replace(outcome, worker=worker, attempts=entry.attempts))
+
+    def _trust(self, doubted: Slot | None) -> None:
+        """A worker whose failures were those of its candidates goes on."""
+        if doubted is not None:
+            doubted.failed.clear()
+            self._rest(doubted)
+
+    def _lost(self, slot: Slot, why: str, kind: FailureKind, detail: str = "") -> None:
+        """A worker is gone, or must go: replace it, and see what becomes of its job."""
+        entry, phase, now = slot.entry, slot.phase, time.monotonic()
+        slot.node = slot.node or node_of(slot.actor)
+        set_aside = entry is None or phase == "checking"
+        set_aside = set_aside and self._nodes.blame(slot.node, why, now)
+        if phase == "checking":
+            self._idle_deaths += 1
+            self._stop_after(self._idle_deaths, START_DEATHS * self._workers, "died before they got a job", why)
+        elif entry is None:
+            self._start_deaths = 0 if set_aside else self._start_deaths + 1
+            self._stop_after(self._start_deaths, START_DEATHS, "could not start", why, detail)
+        self._replace(slot, why)
+        if entry is not None and not entry.cancelled:
+            if phase == "checking":
+                self._jobs.put_back(entry)
+            else:
+                self._retry_or_fail(entry, slot, why, kind)
+
+    def _replace(self, slot: Slot, why: str = "") -> None:
+        """End a worker and hire another; with a reason it counts as dead, without one it leaves its node."""
+        if why:
+            self._report(f"{slot.name} is replaced: {why}")
+        elif slot.up:
+            self._report(f"{slot.name} moves away from {self._nodes.name(slot.node)}")
+        self._nodes.left(slot, died=bool(why))
+        self._greeted -= slot.phase != "starting"
+        self._calls.drop(slot)
+        slot.kill()
+        slot.entry = None
+        self._up.discard(slot)
+        self._engaged.discard(slot)
+        del self._slots[slot.number]
+        self._hire(time.monotonic())
+
+    def _hire(self, now: float) -> None:
+        slot = self._crew.hire(now, self._nodes.avoided)
+        self._slots[slot.number] = slot
+
+    def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:
+        if deaths >= most:
+            error = WorkerError(f"{most} workers in a row {what}; the last one: {why}")
+            if detail:
+                error.add_note(detail)
+            raise error
+
+    def _retry_or_fail(self, entry: Entry, slot: Slot, why: str, kind: FailureKind) -> None:
+        entry.lost_on.append("" if kind == "timeout" else slot.node)
+        entry.left[slot.node] = why
+        if kind == "error":
+            self._conclude(entry, failed(entry.job, Failure(kind, why)), slot.name)
+        elif len(entry.lost_on) < ATTEMPTS:
+            self._jobs.put_back(entry)
+        else:
+            failure = Failure(kind, f"took down {len(entry.lost_on)} workers, the last time: {why}")
+            if self._nodes.several and any(entry.lost_on):
+                self._suspects.add(entry, failure, slot.name, time.monotonic() + NODE_DEATH_SECONDS)
+            else:
+                self._conclude(entry, failed(entry.job, failure), slot.name)

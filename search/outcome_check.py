@@ -1,0 +1,153 @@
+"""What counts as an outcome: nothing that a worker returned is told before it was looked at here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any, get_args
+
+import numpy as np
+
+from evaluators.base import EvaluatorSpec, ItemPool, Scores
+from search.pool import Failure, FailureKind, Job, Outcome
+
+MESSAGE_BYTES = 64 * 2**20
+"""Largest outcome that is sent and read: scores of about a million items."""
+LINE_CHARACTERS = 2_000
+DETAIL_CHARACTERS = 100_000
+"""Longer messages and tracebacks of failures are cut."""
+
+
+def checked(outcome: object, job: Job) -> Outcome:
+    """The outcome with plain floats for metrics; a metric that is no finite number makes it a failure.
+
+    Raises:
+        TypeError: not an `Outcome`, or parts of it have other types than it declares.
+        ValueError: the outcome of another job, or scores whose lengths disagree.
+    """
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"the worker returned {type(outcome).__name__}, expected Outcome")
+    if outcome.key != job.key:
+        raise ValueError(f"the worker returned the outcome of {outcome.key}, expected that of {job.key}")
+    if not (isinstance(outcome.metrics, Mapping) and isinstance(outcome.scores, Mapping)):
+        raise TypeError("outcome.metrics and outcome.scores must be mappings")
+    failure = _failure(outcome.failure)
+    if failure is not None and (outcome.scores or outcome.metrics):
+        raise ValueError("the outcome has a failure and scores; expected one of them")
+    seconds = [_number(f"outcome.{name}", getattr(outcome, name)) for name in ("merge_seconds", "evaluate_seconds")]
+    if not all(math.isfinite(value) and value >= 0 for value in seconds):
+        raise ValueError(f"outcome.merge_seconds and evaluate_seconds are {seconds}, expected at least 0")
+    if not isinstance(outcome.weights_sha256, str | None):
+        raise TypeError(f"outcome.weights_sha256 is {type(outcome.weights_sha256).__name__}, expected text or None")
+    untrusted: Mapping[Any, Any] = outcome.metrics
+    metrics: dict[str, float] = {}
+    for name, value in untrusted.items():
+        if not isinstance(name, str):
+            raise TypeError(f"outcome.metrics has the name {name!r}, expected text")
+        metrics[name] = _number(f"outcome.metrics[{name!r}]", value)
+    for name, scores in outcome.scores.items():
+        _check_scores(name, scores)
+    bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+    if bad is not None:
+        failure = Failure("not_finite", f"{bad} is {metrics[bad]}")
+    return replace(
+        outcome,
+        metrics={} if failure else metrics,
+        scores={} if failure else outcome.scores,
+        failure=failure,
+        merge_seconds=seconds[0],
+        evaluate_seconds=seconds[1],
+    )
+
+
+class OutcomeCheck:
+    """Checks outcomes against what the evaluators of a plan are to score.
+
+    Args:
+        evaluators: those of the plan; without any, only the form of outcomes is checked.
+    """
+
+    def __init__(self, evaluators: Sequence[EvaluatorSpec]) -> None:
+        self._specs = evaluators
+        self._metrics: tuple[str, ...] | None = None
+        self._items: dict[ItemPool, dict[str, frozenset[str]]] = {}
+
+    def check(self, outcome: object, job: Job) -> Outcome:
+        """The outcome as `checked` returns it.
+
+        Raises:
+            TypeError, ValueError: as `checked`; also scores of other evaluators or items than were asked for, or
+                a metric that an evaluator declares and that is not there.
+        """
+        good = checked(outcome, job)
+        if good.failure is not None or not self._specs:
+            return good
+        expected = self._expected(job.items)
+        if good.scores.keys() != expected.keys():
+            raise ValueError(f"the worker returned scores of {sorted(good.scores)}, expected {sorted(expected)}")
+        for name, items in expected.items():
+            found = good.scores[name].items
+            if len(found) != len(items) or not items.issuperset(found):
+                other = next((item for item in found if item not in items), None)
+                what = f"'{other}' is not one of them" if other is not None else f"{len(found)} were scored"
+                raise ValueError(f"outcome.scores['{name}']: expected the {len(items)} {job.items} items, but {what}")
+        missing = next((name for name in self._metrics or () if name not in good.metrics), None)
+        if missing is not None:
+            raise ValueError(f"the worker returned no '{missing}', which its evaluator declares as a metric")
+        return good
+
+    def _expected(self, pool: ItemPool) -> dict[str, frozenset[str]]:
+        """Evaluator -> ids of its items, read once per pool."""
+        if pool not in self._items:
+            from evaluators.registry import make_evaluator
+
+            made = {spec.name: make_evaluator(spec) for spec in self._specs}
+            self._items[pool] = {name: frozenset(evaluator.items(pool)) for name, evaluator in made.items()}
+            self._metrics = tuple(f"{name}.{metric}" for name, each in made.items() for metric in each.metrics)
+        return self._items[pool]
+
+
+def check_size(message: bytes) -> None:
+    """Raise `ValueError` for an outcome that is too large to be one."""
+    if len(message) > MESSAGE_BYTES:
+        raise ValueError(f"the outcome has {len(message)} bytes, expected at most {MESSAGE_BYTES}")
+
+
+def _failure(failure: object) -> Failure | None:
+    if failure is None:
+        return None
+    if not isinstance(failure, Failure):
+        raise TypeError(f"outcome.failure is {type(failure).__name__}, expected Failure or None")
+    untrusted: Any = failure
+    if untrusted.kind not in get_args(FailureKind):
+        raise ValueError(f"outcome.failure.kind is {untrusted.kind!r}, expected one of {get_args(FailureKind)}")
+    if not (isinstance(untrusted.message, str) and isinstance(untrusted.detail, str)):
+        raise TypeError("outcome.failure.message and detail must be text")
+    line = next(iter(failure.message.strip().splitlines()), "")
+    return Failure(failure.kind, line[:LINE_CHARACTERS], failure.detail[-DETAIL_CHARACTERS:])
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what} is {type(value).__name__}, expected a float")
+    return float(value)
+
+
+def _check_scores(name: object, scores: object) -> None:
+    if not isinstance(name, str) or not isinstance(scores, Scores):
+        raise TypeError(f"outcome.scores[{name!r}] is {type(scores).__name__}, expected Scores")
+    untrusted: Any = scores
+    if not isinstance(untrusted.values, Mapping) or not isinstance(untrusted.items, tuple):
+        raise TypeError(f"outcome.scores[{name!r}]: values must be a mapping and items a tuple")
+    for what, array in [("weights", untrusted.weights), *untrusted.values.items()]:
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 1:
+            raise TypeError(f"outcome.scores[{name!r}]: {what!r} must be a row of floats")
+    lengths = {len(scores.items), len(scores.weights), *map(len, scores.values.values())}
+    if len(lengths) > 1:
+        raise ValueError(f"outcome.scores[{name!r}] has {sorted(lengths)} items, weights and values")
+    if len(set(untrusted.items)) < len(scores.items) or not all(isinstance(item, str) for item in untrusted.items):
+        raise ValueError(f"outcome.scores[{name!r}]: items must be different ids")
+    if not (np.isfinite(scores.weights).all() and (scores.weights >= 0).all()):
+        raise ValueError(f"outcome.scores[{name!r}]: weights must be finite and at least 0")

@@ -1,0 +1,62 @@
+"""What the pool of a run says about its nodes, for `meiosis status`: a small JSON file in the run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from search.store.atomic import make_folder, write_atomic
+
+NODES = Path("workers", "nodes.json")
+"""Place in the run folder. Nothing is read from it but for people: the run does not depend on it."""
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """A node of the cluster, as the pool sees it.
+
+    Attributes:
+        host: host name, for people.
+        id: first characters of Ray's id; several nodes may be on one host.
+        state: `in use`, `draining` (about to go), `set aside` (workers keep dying there) or `gone`.
+        workers: names of the workers there that are up.
+        deaths: workers that died there or were replaced for their failures.
+        why: why the node gets no jobs, empty where it does.
+        until: local time at which that ends, or at which the node goes, if that is known.
+    """
+
+    host: str
+    id: str
+    state: str
+    workers: tuple[str, ...] = ()
+    deaths: int = 0
+    why: str = ""
+    until: str = ""
+
+
+@dataclass(frozen=True)
+class WorkersState:
+    """Workers and nodes of a run. `wanted`: the most there may be; `written_at`: local time."""
+
+    written_at: str
+    wanted: int
+    up: int
+    nodes: tuple[NodeState, ...]
+
+
+def write_nodes(run: Path, state: WorkersState) -> None:
+    """Replace the file of the run in the folder `run`. Raises OSError."""
+    path = run / NODES
+    make_folder(path.parent)
+    write_atomic(path, (json.dumps(asdict(state), indent=1) + "\n").encode())
+
+
+def read_nodes(run: Path) -> WorkersState | None:
+    """What the file says; None where it is not there, or damaged: the run does not need it."""
+    try:
+        data = json.loads((run / NODES).read_text(encoding="utf-8"))
+        nodes = tuple(NodeState(**{**node, "workers": tuple(node["workers"])}) for node in data.pop("nodes"))
+        return WorkersState(**data, nodes=nodes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

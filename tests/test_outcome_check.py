@@ -1,0 +1,117 @@
+"""Outcomes are checked before they are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worker_bodies import job
+
+from evaluators.base import EvaluatorSpec, Scores
+from search.outcome_check import MESSAGE_BYTES, OutcomeCheck, check_size, checked
+from search.pool import Failure, Outcome
+
+ONES = np.ones(2)
+GOOD = Outcome(3, "search", scores={"e": Scores(("a", "b"), {"x": ONES}, ONES)}, metrics={"e.x": 1.0})
+
+
+def scores(**changes: Any) -> Outcome:
+    return replace(GOOD, scores={"e": replace(GOOD.scores["e"], **changes)})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (replace(GOOD, metrics=3), "must be mappings"),
+        (replace(GOOD, metrics={1: 1.0}), "the name 1, expected text"),
+        (replace(GOOD, metrics={"e.x": True}), "is bool, expected a float"),
+        (replace(GOOD, merge_seconds="1"), "merge_seconds is str"),
+        (replace(GOOD, evaluate_seconds=float("nan")), "expected at least 0"),
+        (replace(GOOD, weights_sha256=7), "weights_sha256 is int"),
+        (replace(GOOD, failure="broken"), "outcome.failure is str"),
+        (replace(GOOD, failure=Failure("error", "broken")), "a failure and scores"),
+        (Outcome(3, "search", failure=Failure("odd", "broken")), "kind is 'odd'"),  # type: ignore[arg-type]
+        (Outcome(3, "search", failure=Failure("error", 5)), "must be text"),  # type: ignore[arg-type]
+        (replace(GOOD, items="select"), "expected that of"),
+        (replace(GOOD, scores={"e": {"a": 1.0}}), "is dict, expected Scores"),
+        (scores(items=("a",)), r"has \[1, 2\] items"),
+        (scores(items=("a", "a")), "different ids"),
+        (scores(items=["a", "b"]), "items a tuple"),
+        (scores(values={"x": [1.0, 2.0]}), "row of floats"),
+        (scores(values={"x": np.ones((2, 2))}), "row of floats"),
+        (scores(values={"x": np.array(["a", "b"])}), "row of floats"),
+        (scores(weights=np.array([1.0, np.nan])), "weights must be finite"),
+        (scores(weights=np.array([1.0, -1.0])), "weights must be finite"),
+    ],
+)
+def test_what_is_not_an_outcome_is_refused(outcome: Outcome, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        checked(outcome, job(3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
+def test_a_metric_that_is_no_finite_number_is_a_failure_of_that_kind(value: float) -> None:
+    found = checked(replace(GOOD, metrics={"e.y": 2.0, "e.x": value}), job(3))
+    assert found.failure == Failure("not_finite", f"e.x is {float(value)}")
+    assert (found.metrics, found.scores) == ({}, {})
+
+
+def test_a_failure_keeps_one_line_and_a_traceback_of_bounded_length() -> None:
+    found = checked(Outcome(3, "search", failure=Failure("error", "first\nsecond", "x" * 10**6)), job(3))
+    assert found.failure is not None
+    assert found.failure.message == "first"
+    assert len(found.failure.detail) == 100_000
+
+
+def test_a_message_that_is_too_large_is_refused() -> None:
+    check_size(bytes(10))
+    with pytest.raises(ValueError, match="expected at most"):
+        check_size(bytes(MESSAGE_BYTES + 1))
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Callable[..., Outcome]:
+    """Checks an outcome of a plan with one evaluator, whose search items are a and b."""
+    for pool, names in (("search", "ab"), ("select", "cd"), ("certify", "ef")):
+        rows = [json.dumps({"id": name, "text": f"text of {name}"}) for name in names]
+        (tmp_path / f"{pool}.jsonl").write_text("\n".join(rows) + "\n")
+    data = {pool: str(tmp_path / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
+    checker = OutcomeCheck((EvaluatorSpec("e", "perplexity", {"data": data}),))
+    from evaluators.registry import make_evaluator
+
+    evaluator = make_evaluator(EvaluatorSpec("e", "perplexity", {"data": data}))
+    metrics = {f"e.{name}": 1.0 for name in evaluator.metrics}
+    items = tuple(evaluator.items("search"))
+
+    def check(items: tuple[str, ...] = items, **changes: Any) -> Outcome:
+        ones = np.ones(len(items))
+        outcome = Outcome(3, "search", scores={"e": Scores(items, {"nll": ones}, ones)}, metrics=metrics)
+        return checker.check(replace(outcome, **changes), job(3))
+
+    return check
+
+
+def test_scores_of_other_items_evaluators_or_metrics_than_were_asked_for_are_refused(
+    check: Callable[..., Outcome],
+) -> None:
+    good = check()
+    items = good.scores["e"].items
+    assert check(items[::-1]).failure is None, "in which order items come back is up to the evaluator"
+    assert check(metrics={**good.metrics, "extra.one": 1.0}).metrics["extra.one"] == 1.0
+    failure = Failure("error", "boom")
+    assert check(scores={}, metrics={}, failure=failure).failure == failure
+    with pytest.raises(ValueError, match="'z' is not one of them"):
+        check((items[0], "z"))
+    with pytest.raises(ValueError, match="but 1 were scored"):
+        check(items[:1])
+    with pytest.raises(ValueError, match=r"scores of \['f'\], expected \['e'\]"):
+        check(scores={"f": good.scores["e"]})
+    with pytest.raises(ValueError, match=r"scores of \[\], expected \['e'\]"):
+        check(scores={})
+    with pytest.raises(ValueError, match=r"returned no 'e\.nll'"):
+        check(metrics={})
