@@ -263,11 +263,14 @@ def refuse_useless(budget: Budget, used: Used, ended: bool) -> None:
         )
 
 
-def why_ended(events: Sequence[Event], budget: Budget) -> str:
-    """What ended a search, in a sentence for people."""
-    asked = sum(isinstance(event, Ask) for event in events)
+def why_ended(asked: int, reached: LimitReached | None, budget: Budget) -> str:
+    """What ended a search, in a sentence for people.
+
+    Args:
+        asked: candidates in all.
+        reached: see `limit_in_force`.
+    """
     of = f"{asked} candidates" if budget.candidates is None else f"{asked} of {budget.candidates} candidates"
-    reached = limit_in_force(events)
     if reached is None:
         if budget.candidates is None:
             return f"The search ended with generation 0: {asked} candidates."

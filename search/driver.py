@@ -51,6 +51,9 @@ class Driver:
         stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
         failed: is told every failure, with its traceback.
         spending: the limits beside the number of candidates, and what was used of them.
+
+    Attributes:
+        limit: the limit that ended the search, if it was not its number of candidates.
     """
 
     def __init__(
@@ -76,19 +79,18 @@ class Driver:
         self._progress = Progress(phase="search", total=limits.budget or 0)
         self._spending = spending or Spending()
         events = history.events()
-        self._limit = limit_in_force(events)
-        self._recorded: dict[Key, Trial] = {}
+        self.limit = limit_in_force(events)
+        self._untold: set[Key] = set()
         if limits.ordered:
-            # Of an extended run some results are told only when a new candidate was asked: see there.
+            # Of an extended run, some recorded results are told only after a new candidate was asked: see there.
+            self.trials.update({(event.candidate, event.items): event for event in events if isinstance(event, Trial)})
             untold = replay_ordered(
                 events,
                 population,
                 limits.window,
                 lambda: self._has_room(len({c.work for c in population.candidates})) is True,
             )
-            self._recorded = {(trial.candidate, trial.items): trial for trial in untold}
-            trials = {(event.candidate, event.items): event for event in events if isinstance(event, Trial)}
-            self.trials.update((key, trial) for key, trial in trials.items() if key not in self._recorded)
+            self._untold = {(trial.candidate, trial.items) for trial in untold}
         else:
             self.trials.update(replay(events, population))
         for candidate in population.candidates:
@@ -97,14 +99,14 @@ class Driver:
             if trial.items == "search":
                 self._note(trial)
         self._arrived = self._take_spooled()
-        self._arrived.update((key, outcome_of(trial)) for key, trial in self._recorded.items())
+        self._arrived.update((key, outcome_of(self.trials[key])) for key in sorted(self._untold))
 
     def search(self) -> None:
         """Run the search to its budget."""
         self._begin("search", self.total)
         self._refuse_without_parents()
         for candidate in self.population.candidates:
-            if (candidate.id, "search") not in self.trials:
+            if (key := (candidate.id, "search")) not in self.trials or key in self._untold:
                 self._submit(candidate, "search")
         self._fill()
         while self._open:
@@ -142,7 +144,7 @@ class Driver:
     def _has_room(self, works: int) -> LimitReached | bool:
         """Whether the budget has room for one more candidate, or the limit that it reaches now."""
         budget = self.limits.budget
-        if self._limit is not None or (budget is not None and len(self.population.candidates) >= budget):
+        if self.limit is not None or (budget is not None and len(self.population.candidates) >= budget):
             return False
         return (self._spending.reached(works) if self.population.has_parents else None) or True
 
@@ -151,7 +153,7 @@ class Driver:
         room = self._has_room(len(self._first_with_recipe))
         if isinstance(room, LimitReached):
             self.history.append(room)
-            self._limit, room = room, False
+            self.limit, room = room, False
         return room
 
     def _submit(self, candidate: Candidate, items: ItemPool) -> None:
@@ -213,8 +215,10 @@ class Driver:
     def _commit(self, key: Key) -> None:
         outcome = self._arrived.pop(key)
         metrics = None if outcome.failure else outcome.metrics
-        trial = self._recorded.pop(key, None)
-        if trial is None:
+        if recorded := key in self._untold:
+            self._untold.remove(key)
+            trial = self.trials[key]
+        else:
             trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
             self.history.append(trial)
             self._spending.told(trial)
@@ -226,9 +230,10 @@ class Driver:
         if key[1] == "search":
             self.population.tell(key[0], metrics)
             self._refuse_without_parents()
-            self._note(trial)
+            if not recorded:
+                self._note(trial)
             self._fill()
-        self._count(done=self._progress.done + 1)
+        self._count(done=self._progress.done + (not recorded))
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():

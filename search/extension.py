@@ -1,16 +1,15 @@
-"""More, or less, of a budget for a run that exists: checked, said and recorded."""
+"""More, or less, of a budget for a run that exists: checked and said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, refuse_useless
 from search.errors import UserError
 from search.optimizer import OPTIMIZERS, Problem
 from search.setup import Setup, window
-from search.store.events import Extended
-from search.store.history import History
+from search.store.events import Event, Extended
 from search.store.sessions import Sessions
 
 
@@ -20,9 +19,9 @@ def items_per_candidate(setup: Setup) -> int:
 
 
 def extend(
-    setup: Setup, history: History, sessions: Sessions, changes: Mapping[str, Any], report: Callable[[str], None]
-) -> Budget:
-    """The budget of a run after the user's changes, which are recorded; without changes the one it has.
+    setup: Setup, events: Sequence[Event], sessions: Sessions, changes: Mapping[str, Any], report: Callable[[str], None]
+) -> tuple[Budget, Extended | None]:
+    """The budget of a run after the user's changes, and the event to record; without changes the one it has.
 
     The optimiser stays the one that was made for the budget at the start, so what it proposes does not depend
     on how often a run was extended. In ordered commit an extended run asks for the same candidates as one that
@@ -35,15 +34,14 @@ def extend(
         UserError: a value that is none, or that allows nothing more than was used.
     """
     start = Budget.of(setup.config.search)
-    events = history.events()
     before = budget_in_force(start, events)
     if not changes:
-        return before
+        return before, None
     if setup.config.search.baselines_only and "budget" in changes:
         raise UserError("--budget: this run is of baselines only, it has no budget; start one with `meiosis search`")
     after = before.changed(changes)
     if after == before:
-        return before
+        return before, None
     ended = end_in_force(events) is not None or limit_in_force(events) is not None
     refuse_useless(after, Used.of(events, sessions, items_per_candidate(setup)), ended)
     if end_in_force(events) is not None:
@@ -55,8 +53,7 @@ def extend(
             f"optimizer {setup.config.search.optimizer.name} paces itself by its budget and was made for "
             f"{setup.config.search.budget} candidates: a run with the larger budget from its start would propose others"
         )
-    history.append(Extended(after.to_json()))
-    return after
+    return after, Extended(after.to_json())
 
 
 def paced(setup: Setup, budget: Budget) -> bool:

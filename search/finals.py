@@ -142,8 +142,8 @@ class Verdict:
         return cls(**data)
 
 
-def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int) -> Verdict:
-    """Select, certify and record the end of a run whose search is complete.
+def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int, earlier: int = 0) -> Verdict:
+    """Select, certify and record the end of a run whose search is complete, after so many earlier verdicts.
 
     Raises:
         RunError: nothing that was evaluated is feasible.
@@ -164,7 +164,7 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
     rivals = [c for c in _one_per_family(driver, baselines, selected) if c.id != winner.id]
     certified = {t.candidate: t for t in driver.score([*rivals, winner], "certify")}
     verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed)
-    verdict = replace(verdict, earlier=sum(isinstance(event, End) for event in driver.history.events()))
+    verdict = replace(verdict, earlier=earlier)
     driver.history.append(End(winner.id, verdict.to_json()))
     return verdict
 

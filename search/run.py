@@ -30,7 +30,7 @@ from search.report import write_report
 from search.setup import Setup
 from search.stopping import stop_requests
 from search.store.atomic import disk_is_full
-from search.store.events import Event, Trial
+from search.store.events import End, Event, Trial
 from search.store.history import History
 from search.store.remote import is_url, mirrored
 from search.store.remote_run import create_remote
@@ -143,7 +143,11 @@ def _carry_on(
         if history.recovered:
             watcher.line(history.recovered)
         sessions = Sessions(folder.sessions)
-        budget = extend(setup, history, sessions, changes or {}, watcher.line)
+        events = history.events()
+        budget, extension = extend(setup, events, sessions, changes or {}, watcher.line)
+        if extension is not None:
+            history.append(extension)
+            events.append(extension)
 
         def pool() -> Pool:
             working = folder.path / "workers"
@@ -160,7 +164,6 @@ def _carry_on(
             sessions.tick()
             watcher.progress(state)
 
-        events = history.events()
         ended = _ended(events)
         items = items_per_candidate(setup)
         if ended is None:
@@ -189,15 +192,16 @@ def _carry_on(
             if ended is None:
                 with sessions.searching():
                     driver.search()
-                watcher.line(why_ended(history.events(), budget))
-                ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed)
+                watcher.line(why_ended(len(driver.population.candidates), driver.limit, budget))
+                earlier = sum(isinstance(event, End) for event in events)
+                ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
             model = folder.best
             if not model.exists() or (ended.earlier and not _is_exported(model, ended)):
                 watcher.line("exporting the winner")
                 winner = driver.population.candidates[ended.winner]
                 export_candidate(setup, winner, driver.trials, model, verdict=ended, overwrite=ended.earlier > 0)
-            why = why_ended(history.events(), budget)
-            write_report(folder, setup, ended, len(driver.population.candidates), why)
+            asked = len(driver.population.candidates)
+            write_report(folder, setup, ended, asked, why_ended(asked, driver.limit, budget))
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:

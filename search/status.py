@@ -72,11 +72,11 @@ def run_status(folder: RunFolder) -> RunStatus:
     origins = {event.candidate: event.origin for event in events if isinstance(event, Ask)}
     trials = [event for event in events if isinstance(event, Trial)]
     searched = [trial for trial in trials if trial.items == "search"]
-    ended = end_in_force(events)
+    ended, limit = end_in_force(events), limit_in_force(events)
     sessions = Sessions(folder.sessions)
     search = manifest["config"]["search"]
     budget = budget_in_force(_budget_at_start(search), events)
-    limits = {name: limit for name, limit in asdict(budget).items() if limit is not None and name != "candidates"}
+    limits = {name: most for name, most in asdict(budget).items() if most is not None and name != "candidates"}
     usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
@@ -98,7 +98,7 @@ def run_status(folder: RunFolder) -> RunStatus:
         model=str(folder.best) if folder.best.exists() else None,
         limits=limits,
         used=asdict(Used.of(events, sessions)),
-        ended_by=why_ended(events, budget) if ended or limit_in_force(events) else None,
+        ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from landscape import SOURCES, Shuffled, population
 
@@ -23,6 +24,8 @@ from search.budget import (
 )
 from search.driver import Driver, Limits
 from search.errors import UserError
+from search.nevergrad_box import paced_by_budget
+from search.optimizer import Problem
 from search.progress import Progress
 from search.store.events import Ask, Event, Extended, LimitReached, Trial
 from search.store.history import History
@@ -162,13 +165,13 @@ def test_a_limit_by_time_is_recorded_and_holds_when_the_clock_says_otherwise(
     asked = len(asks(events))
     assert len(SOURCES) < asked < 45
     assert len(results(events)) == asked, "what was in flight is finished"
-    assert "limit of wall-clock" in why_ended(events, budget)
-    assert f"{asked} of 45 candidates" in why_ended(events, budget)
+    assert "limit of wall-clock" in why_ended(asked, limits[0], budget)
+    assert f"{asked} of 45 candidates" in why_ended(asked, limits[0], budget)
     assert content(drive(tmp_path, Shuffled(2, 2), budget)) == content(events)
     extended = drive(tmp_path, Shuffled(2, 2), Budget(45), extended=True)
     assert asks(extended) == asks(whole)
     assert results(extended) == results(whole)
-    assert "budget of 45 candidates" in why_ended(extended, Budget(45))
+    assert "budget of 45 candidates" in why_ended(45, limit_in_force(extended), Budget(45))
 
 
 def test_a_driver_that_dies_after_the_limit_finishes_what_was_in_flight_and_asks_no_more(tmp_path: Path) -> None:
@@ -220,6 +223,13 @@ def test_the_time_of_a_search_is_counted_over_its_drivers(tmp_path: Path) -> Non
         before = sessions.search_seconds
         assert before >= 0.01 * (driver + 1)
     assert Sessions(tmp_path / "sessions.json").search_seconds == before
+
+
+@pytest.mark.parametrize(("name", "paced"), [("TwoPointsDE", False), ("DiscreteBSOOnePlusOne", True)])
+def test_an_optimizer_that_paces_itself_by_its_budget_is_known(name: str, paced: bool) -> None:
+    """An extended run equals one with the larger budget only where it does not."""
+    problem = Problem(np.full(8, 0.5), budget=60, window=4, seed=0, step=0.1)
+    assert paced_by_budget(name, problem, 600) == paced
 
 
 @pytest.mark.parametrize(
