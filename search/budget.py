@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 
@@ -21,8 +21,6 @@ from search.store.events import Ask, End, Event, Extended, LimitReached, Trial
 if TYPE_CHECKING:
     from search.config import SearchConfig
     from search.store.sessions import Sessions
-
-LimitName = Literal["item_evaluations", "gpu_hours", "wall_clock"]
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _UNIT_SECONDS = (86400, 3600, 60, 1)

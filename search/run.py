@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search.budget import Spending, Used, end_in_force, why_ended
+from search.budget import Budget, Spending, Used, end_in_force, why_ended
 from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Key, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
@@ -195,13 +195,7 @@ def _carry_on(
                 watcher.line(why_ended(len(driver.population.candidates), driver.limit, budget))
                 earlier = sum(isinstance(event, End) for event in events)
                 ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
-            model = folder.best
-            if not model.exists() or (ended.earlier and not _is_exported(model, ended)):
-                watcher.line("exporting the winner")
-                winner = driver.population.candidates[ended.winner]
-                export_candidate(setup, winner, driver.trials, model, verdict=ended, overwrite=ended.earlier > 0)
-            asked = len(driver.population.candidates)
-            write_report(folder, setup, ended, asked, why_ended(asked, driver.limit, budget))
+            model = _hand_over(setup, folder, driver, ended, budget, watcher)
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:
@@ -213,6 +207,20 @@ def _carry_on(
         finally:
             driver.close()
     return Finished(folder, ended, model)
+
+
+def _hand_over(
+    setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, watcher: Watcher
+) -> Path:
+    """Export the winner, unless that was done, and write the report; returns the folder of the model."""
+    model = folder.best
+    if not model.exists() or (verdict.earlier and not _is_exported(model, verdict)):
+        watcher.line("exporting the winner")
+        winner = driver.population.candidates[verdict.winner]
+        export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=verdict.earlier > 0)
+    asked = len(driver.population.candidates)
+    write_report(folder, setup, verdict, asked, why_ended(asked, driver.limit, budget))
+    return model
 
 
 @contextmanager

@@ -120,6 +120,22 @@ def test_a_copy_that_breaks_off_anywhere_leaves_a_whole_history_there(tmp_path: 
                 assert len(found) >= copied
 
 
+def test_what_a_lost_driver_left_half_copied_does_not_stay(tmp_path: Path) -> None:
+    """Another driver seals the same part with other bytes: times and workers are its own."""
+    url = f"file://{tmp_path}/there"
+    store = Store.open(url)
+    for name in ("part-000000.parquet", "000001.arrows", "scores/00000003.parquet"):
+        store.write(f"history/{name}", [b"of a driver whose machine was lost"])
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("{}")
+    with open_small(folder / "history") as history:
+        for one in events(8):
+            history.append(one)
+        Mirror(folder, store).push()
+    assert content(url, tmp_path / "copy") == events(8)
+
+
 def test_copying_while_events_are_written_gives_whole_histories(tmp_path: Path) -> None:
     url, folder = f"file://{tmp_path}/there", tmp_path / "here"
     folder.mkdir()

@@ -38,6 +38,7 @@ _BEST = "best/meiosis.json"
 """Copied last of a model: without it the model there is not whole."""
 
 _PARTS = "history/manifest.json"
+_ITEMS = "history/items/"  # every list under its hash
 _TRIES = 5
 _LOCAL = ("workers", "remote")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
@@ -208,13 +209,12 @@ class Mirror:
             raise RunError(
                 f"cannot copy to {self.store.url}: {_first_line(error)}; everything is in {self.folder}, "
                 f"copy it with: meiosis resume {self.folder}"
-            ) from error
+            ) from None  # the disk that may be full is not the one of the run
 
     def push(self) -> None:
         """Copy what changed. Raises OSError."""
-        if not self._sent:  # what has a hash in its name, or is sealed, does not change
-            names = (name for name in self.store.names() if name != DRIVER)
-            self._sent = {name: "there" if _never_changes(name) else "unknown" for name in names}
+        if not self._sent:
+            self._sent = self._look()
         # Results wait in the spool until the history has them: it is read first and cleared last.
         spool = {self._name(path) for path in _files(self.folder / "spool")}
         self._send_file("run.yaml")
@@ -224,6 +224,13 @@ class Mirror:
         for name in [name for name in self._sent if name.startswith("spool/") and name not in spool]:
             self._remove(name)
         self._push_model()
+
+    def _look(self) -> dict[str, tuple[int, int] | str]:
+        """What is there, and whether it is known to be what is here: by hash, since a copy may have broken off."""
+        theirs, ours = _hashes(self.store.read(_PARTS)), _hashes(_read(self.folder / _PARTS))
+        same = {f"history/{name}" for name, sha256 in theirs.items() if ours.get(name) == sha256}
+        names = (name for name in self.store.names() if name != DRIVER)
+        return {name: "there" if name in same or name.startswith(_ITEMS) else "unknown" for name in names}
 
     def _push_history(self) -> None:
         history = self.folder / "history"
@@ -349,8 +356,9 @@ def mirrored(folder: Path, url: str | None, report: Callable[[str], None]) -> It
     mirror.finish()
 
 
-def _never_changes(name: str) -> bool:
-    return name.startswith(("history/items/", "history/scores/", "history/part-"))
+def _hashes(manifest: bytes | None) -> dict[str, str]:
+    """Part -> hash, of a history's list of parts."""
+    return {part["file"]: part["sha256"] for part in json.loads(manifest)["parts"]} if manifest else {}
 
 
 def _files(folder: Path) -> list[Path]:
