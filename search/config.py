@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from search.budget import LimitsConfig
 from search.errors import ConfigError
 from search.yaml_source import YamlSource
 
@@ -167,6 +168,7 @@ class SearchConfig(_Section):
 
     optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = OptimizerConfig()
     budget: int = Field(200, ge=1, description="candidates to evaluate, generation 0 included")
+    limits: LimitsConfig = LimitsConfig()
     baselines: tuple[BaselineConfig, ...] = Field(
         _baselines("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties"),
         description="standard merges in generation 0, by name or as {name: options}; the parents always are in it",
@@ -291,7 +293,11 @@ class Config(_Section):
     constraints: tuple[Annotated[Constraint, BeforeValidator(_as_constraint)], ...] = ()
     search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
-    results: str = Field("results", description="folder of the runs")
+    results: str = Field(
+        "results",
+        description="folder of the runs; or a URL (s3://, gs://, hdfs://, file://, or what fsspec knows): runs then "
+        "work in a folder of this machine and are copied there every few seconds",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from evaluators.base import ItemPool
-from search.errors import HistoryError, RunError
+from search.budget import Spending, limit_in_force
+from search.errors import RunError
 from search.pool import Job, Outcome, Pool
 from search.population import Candidate, Population
 from search.progress import Progress
-from search.store.events import Ask, Event, Trial
+from search.replay import check_ask, replay_ordered
+from search.store.events import Ask, Event, LimitReached, Trial
 from search.store.history import History
 from search.store.spool import Spool
 from search.trials import ask_event, outcome_of, trial_event, usable_metrics
@@ -48,6 +50,10 @@ class Driver:
         report: is called with the state after every change.
         stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
         failed: is told every failure, with its traceback.
+        spending: the limits beside the number of candidates, and what was used of them.
+
+    Attributes:
+        limit: the limit that ended the search, if it was not its number of candidates.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Driver:
         report: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
         failed: Callable[[Outcome], None] = lambda _: None,
+        spending: Spending | None = None,
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
@@ -70,20 +77,36 @@ class Driver:
         self._open: dict[Key, None] = {}
         self._copies: dict[Key, list[Key]] = {}
         self._progress = Progress(phase="search", total=limits.budget or 0)
-        self.trials.update(replay(history.events(), population))
+        self._spending = spending or Spending()
+        events = history.events()
+        self.limit = limit_in_force(events)
+        self._untold: set[Key] = set()
+        if limits.ordered:
+            # Of an extended run, some recorded results are told only after a new candidate was asked: see there.
+            self.trials.update({(event.candidate, event.items): event for event in events if isinstance(event, Trial)})
+            untold = replay_ordered(
+                events,
+                population,
+                limits.window,
+                lambda: self._has_room(len({c.work for c in population.candidates})) is True,
+            )
+            self._untold = {(trial.candidate, trial.items) for trial in untold}
+        else:
+            self.trials.update(replay(events, population))
         for candidate in population.candidates:
             self._first_with_recipe.setdefault(candidate.work, candidate.id)
         for trial in self.trials.values():
             if trial.items == "search":
                 self._note(trial)
         self._arrived = self._take_spooled()
+        self._arrived.update((key, outcome_of(self.trials[key])) for key in sorted(self._untold))
 
     def search(self) -> None:
         """Run the search to its budget."""
         self._begin("search", self.total)
         self._refuse_without_parents()
         for candidate in self.population.candidates:
-            if (candidate.id, "search") not in self.trials:
+            if (key := (candidate.id, "search")) not in self.trials or key in self._untold:
                 self._submit(candidate, "search")
         self._fill()
         while self._open:
@@ -107,8 +130,7 @@ class Driver:
 
     def _fill(self) -> None:
         """Ask and submit while the window and the budget have room."""
-        budget = self.limits.budget
-        while len(self._open) < self.limits.window and (budget is None or len(self.population.candidates) < budget):
+        while len(self._open) < self.limits.window and self._may_ask():
             candidate = self.population.ask()
             if candidate is None:
                 if not self._open and not self.population.finished:
@@ -118,6 +140,21 @@ class Driver:
             self._progress = replace(self._progress, total=self.total)
             self._first_with_recipe.setdefault(candidate.work, candidate.id)
             self._submit(candidate, "search")
+
+    def _has_room(self, works: int) -> LimitReached | bool:
+        """Whether the budget has room for one more candidate, or the limit that it reaches now."""
+        budget = self.limits.budget
+        if self.limit is not None or (budget is not None and len(self.population.candidates) >= budget):
+            return False
+        return (self._spending.reached(works) if self.population.has_parents else None) or True
+
+    def _may_ask(self) -> bool:
+        """Whether to ask; a limit that forbids it is recorded before it takes effect."""
+        room = self._has_room(len(self._first_with_recipe))
+        if isinstance(room, LimitReached):
+            self.history.append(room)
+            self.limit, room = room, False
+        return room
 
     def _submit(self, candidate: Candidate, items: ItemPool) -> None:
         key = (candidate.id, items)
@@ -178,19 +215,25 @@ class Driver:
     def _commit(self, key: Key) -> None:
         outcome = self._arrived.pop(key)
         metrics = None if outcome.failure else outcome.metrics
-        trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
-        self.history.append(trial)
-        if outcome.failure:
-            self._failed(outcome)
+        if recorded := key in self._untold:
+            self._untold.remove(key)
+            trial = self.trials[key]
+        else:
+            trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
+            self.history.append(trial)
+            self._spending.told(trial)
+            if outcome.failure:
+                self._failed(outcome)
         self._spool.drop(*outcome.key)
         self.trials[key] = trial
         del self._open[key]
         if key[1] == "search":
             self.population.tell(key[0], metrics)
             self._refuse_without_parents()
-            self._note(trial)
+            if not recorded:
+                self._note(trial)
             self._fill()
-        self._count(done=self._progress.done + 1)
+        self._count(done=self._progress.done + (not recorded))
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
@@ -245,11 +288,7 @@ def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:
     for event in events:
         if isinstance(event, Ask):
             candidate = population.ask()
-            if candidate is None or ask_event(candidate) != event:
-                raise HistoryError(
-                    f"the history does not replay: candidate {event.candidate} was asked differently than it would "
-                    "be now; resume with the versions and on the kind of processor that run.yaml names"
-                )
+            check_ask(event, None if candidate is None else ask_event(candidate))
         elif isinstance(event, Trial):
             trials[event.candidate, event.items] = event
             if event.items == "search":

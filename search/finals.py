@@ -66,6 +66,7 @@ class Verdict:
         weights_sha256: hash of the winner's tensors, as they were evaluated.
         rows: baselines by value, the winner last.
         unavailable: labels of baselines that could not be evaluated.
+        earlier: verdicts of this run before it was extended; each of them looked at the certify items.
     """
 
     winner: int
@@ -77,6 +78,7 @@ class Verdict:
     weights_sha256: str
     rows: tuple[Row, ...]
     unavailable: tuple[str, ...] = ()
+    earlier: int = 0
 
     @property
     def proven(self) -> bool:
@@ -86,6 +88,11 @@ class Verdict:
     def sentence(self) -> str:
         """The verdict in words."""
         missing = f" Not evaluated: {', '.join(self.unavailable)}." if self.unavailable else ""
+        if self.earlier:
+            missing += (
+                f" The run was extended after {self.earlier} earlier verdict(s) on the same certify items: whoever "
+                "extends a run because of a verdict no longer has an unbiased one."
+            )
         doubt = self._doubt()
         if doubt is not None:
             return doubt + missing
@@ -135,8 +142,8 @@ class Verdict:
         return cls(**data)
 
 
-def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int) -> Verdict:
-    """Select, certify and record the end of a run whose search is complete.
+def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int, earlier: int = 0) -> Verdict:
+    """Select, certify and record the end of a run whose search is complete, after so many earlier verdicts.
 
     Raises:
         RunError: nothing that was evaluated is feasible.
@@ -157,6 +164,7 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
     rivals = [c for c in _one_per_family(driver, baselines, selected) if c.id != winner.id]
     certified = {t.candidate: t for t in driver.score([*rivals, winner], "certify")}
     verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed)
+    verdict = replace(verdict, earlier=earlier)
     driver.history.append(End(winner.id, verdict.to_json()))
     return verdict
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from search.errors import RunError
-from search.setup import Setup, window
+from search.setup import Setup, has_gpu, window
 from search.store.run_folder import RunFolder
 
 FORMAT = 1
@@ -28,11 +28,14 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "window": window(config),
-        "models": {name: ref.model_dump(mode="json") for name, ref in setup.models.items()},
+        "models": {
+            name: {**ref.model_dump(mode="json"), "bytes": setup.checkpoints[name].nbytes}
+            for name, ref in setup.models.items()
+        },
         "data_sha256": dict(setup.data_sha256),
         "genes": [gene.name for gene in setup.space.genes],
-        "versions": _versions(),
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": device_kind(setup)},
         "config": config.model_dump(mode="json"),
     }
 
@@ -52,13 +55,52 @@ def read_manifest(folder: RunFolder) -> dict[str, Any]:
     return manifest
 
 
+_BITS = "scores and merged weights may differ in their last bits from what this run recorded before"
+_ASKS = (
+    "what the optimiser proposes may differ; what is recorded was compared ask by ask before the run goes on, new "
+    "candidates may be others than without the change"
+)
+_NOTHING = "this changes nothing that is recorded"
+_CONSEQUENCE = {
+    "python": _NOTHING,
+    "meiosis": "operators and evaluators may have changed: what was asked is checked, scores are not; see CHANGELOG",
+    "torch": _BITS,
+    "transformers": _BITS,
+    "nevergrad": _ASKS,
+    "cma": _ASKS,
+    "numpy": _ASKS,
+    "ray": _NOTHING,
+    "pyarrow": _NOTHING,
+    "safetensors": _NOTHING,
+}
+"""What another version of a package means for a run that goes on."""
+
+
 def changed_versions(manifest: dict[str, Any]) -> Iterable[str]:
-    """A line for every package that is not at the version the run started with."""
-    for name, now in _versions().items():
+    """A line for every package and part of the machine that is not what the run started with, and what it means."""
+    for name, now in versions().items():
         then = manifest["versions"].get(name)
         if then != now:
-            yield f"the run started with {name} {then}, now it is {now}; results may differ in their last bits"
+            yield f"the run started with {name} {then}, now it is {now}: {_CONSEQUENCE.get(name, _BITS)}"
+    then, now = manifest.get("machine", {}).get("processor"), platform.machine()
+    if then is not None and then != now:
+        yield f"the run started on a processor of kind {then}, this one is {now}: {_BITS}"
 
 
-def _versions() -> dict[str, str]:
+def changed_device(manifest: dict[str, Any], setup: Setup) -> Iterable[str]:
+    """A line if candidates are now evaluated on another kind of device."""
+    then, now = manifest.get("machine", {}).get("device"), device_kind(setup)
+    if then is not None and then != now:
+        yield f"candidates were evaluated on {then}, now on {now}: {_BITS}; --device {then} goes on as before"
+
+
+def device_kind(setup: Setup) -> str:
+    """`cpu`, `cuda`, ...: where workers evaluate, as far as this machine can tell."""
+    if setup.device != "auto":
+        return setup.device.partition(":")[0]
+    return "cuda" if setup.config.cluster.gpus_per_worker or has_gpu() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, as it is here."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -162,17 +163,24 @@ def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
     return make
 
 
-def rehearse(make: Any, problem: Problem) -> bytes:
+def rehearse(make: Any, problem: Problem, asks: int = _REHEARSAL) -> bytes:
     """The asks of a short run on a sphere with the window full, to be compared with a second one."""
     box = NevergradBox(make, problem)
     asked, open_ = [], deque[Vector]()
-    for _ in range(min(_REHEARSAL, problem.budget)):
+    for _ in range(min(asks, problem.budget)):
         open_.append(box.ask())
         asked.append(open_[-1].tobytes())
         if len(open_) >= problem.window:
             told = open_.popleft()
             box.tell(told, float(((told - 0.7) ** 2).sum()))
     return b"".join(asked)
+
+
+def paced_by_budget(name: str, problem: Problem, budget: int) -> bool:
+    """Whether an optimiser of the registry asks otherwise with another budget, in a short run."""
+    ng, _ = import_nevergrad()
+    make, asks = ng.optimizers.registry[name], min(_REHEARSAL, problem.budget, budget)
+    return rehearse(make, problem, asks) != rehearse(make, replace(problem, budget=budget), asks)
 
 
 def refusal(name: str, entry: Any = None) -> str | None:

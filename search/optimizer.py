@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         start: (n_genes,) coordinates in [0, 1] from which it starts.
-        budget: candidates it will be asked for.
+        budget: candidates it will be asked for, as far as is known at the start: a run may be extended, or end early.
         window: candidates in flight at once.
         seed: seed of its random numbers.
         step: first step where the method has one, as a fraction of the range.

@@ -103,6 +103,11 @@ class Population:
         return self._baselines_only and not self._waiting
 
     @property
+    def has_parents(self) -> bool:
+        """Whether parents and base were asked: without them nothing can be compared, so no limit cuts them off."""
+        return len(self._candidates) > len(self._space.sources)
+
+    @property
     def candidates(self) -> tuple[Candidate, ...]:
         """All that were asked so far, by id."""
         return tuple(self._candidates)

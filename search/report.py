@@ -9,8 +9,8 @@ from search.store.atomic import write_atomic
 from search.store.run_folder import RunFolder
 
 
-def write_report(folder: RunFolder, setup: Setup, verdict: Verdict, candidates: int) -> None:
-    """Write `report.md` into the run folder of a search that evaluated so many candidates."""
+def write_report(folder: RunFolder, setup: Setup, verdict: Verdict, candidates: int, ended: str = "") -> None:
+    """Write `report.md` into the run folder of a search that evaluated so many candidates; `ended` says by what."""
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     scaled = "each scaled to best parent 0, worst parent 1"
     unit = scaled if setup.config.objectives.normalize == "parents" else "as they are"
@@ -19,6 +19,7 @@ def write_report(folder: RunFolder, setup: Setup, verdict: Verdict, candidates: 
         "",
         verdict.sentence(),
         "",
+        *([ended, ""] if ended else []),
         f"Objective, smaller is better: {objectives}; {unit}. "
         f"{candidates} candidates, {len(setup.space.genes)} genes, seed {setup.config.seed}.",
         "Certify items: no candidate was scored on them before; of a baseline with several settings, the one that "

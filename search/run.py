@@ -6,39 +6,40 @@ holds, so a new run is a resumed one with an empty history.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search.config import parse_config
+from search.budget import Budget, Spending, Used, end_in_force, why_ended
+from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Key, Limits, replay
-from search.errors import DeviceLostError, InterruptedRun, RunError, UserError
+from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
 from search.export import export_candidate
+from search.extension import extend, items_per_candidate
 from search.finals import Verdict, finish
-from search.manifest import changed_versions, make_manifest, read_manifest
+from search.manifest import make_manifest, read_manifest, versions
+from search.model_card import markdown_table
 from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
-from search.progress import Progress
+from search.progress import Progress, Watcher
+from search.reopening import load_setup
+from search.replay import replay_ordered
 from search.report import write_report
-from search.setup import Setup, check
+from search.setup import Setup
 from search.stopping import stop_requests
+from search.store.atomic import disk_is_full
 from search.store.events import End, Event, Trial
 from search.store.history import History
+from search.store.remote import is_url, mirrored
+from search.store.remote_run import create_remote
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
 from search.store.spool import Spool
-from search.yaml_source import YamlSource
 
 MakePool = Callable[[Setup, WorkerPlan, Path], Pool]
 """Makes the workers of a run: setup, plan for the workers, and a folder that the run owns."""
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who is told what happens: `line` gets sentences, `progress` the state after every change."""
-
-    line: Callable[[str], None] = lambda _: None
-    progress: Callable[[Progress], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -70,50 +71,40 @@ def start(setup: Setup, make_pool: MakePool, watcher: Watcher, name: str | None 
         UserError: a run of that name exists.
         InterruptedRun: the user stopped it; it can be resumed.
     """
-    folder = RunFolder.create(Path(setup.config.results), name, make_manifest(setup))
+    results, manifest = setup.config.results, make_manifest(setup)
+    if is_url(results):
+        folder = create_remote(results, name, manifest)
+    else:
+        folder = RunFolder.create(Path(results), name, manifest)
     return _carry_on(setup, folder, make_pool, watcher)
 
 
 def resume(
-    folder: RunFolder, make_pool: MakePool, watcher: Watcher, changes: Mapping[str, Any] | None = None
+    folder: RunFolder,
+    make_pool: MakePool,
+    watcher: Watcher,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    budget: Mapping[str, Any] | None = None,
+    places: Sequence[Path] = (),
 ) -> Finished:
-    """Go on with a run exactly where it stopped, or show what a finished one found.
+    """Go on with a run exactly where it stopped, extend it, or show what a finished one found.
 
     Args:
         folder: the run.
-        changes: `workers` and `address` may differ from those at the start; the trajectory does not
-            depend on them.
+        changes: keys of `cluster` that may differ from those at the start; the trajectory does not depend on
+            them (on another kind of device the last bits do).
+        budget: new limits, see `Budget.changed`. A finished run goes on when they allow more: it is decided and
+            certified again, its earlier verdict stays in the history, and the model is replaced when the new
+            one is whole.
+        places: folders to look in for models and data that are no longer where they were.
 
     Raises:
+        UserError: models or data are nowhere, or the new limits allow nothing.
         RunError: sources or evaluator data are not those of the start, or another driver is at work.
     """
-    return _carry_on(load_setup(folder, watcher, changes), folder, make_pool, watcher)
-
-
-def load_setup(folder: RunFolder, watcher: Watcher, changes: Mapping[str, Any] | None = None) -> Setup:
-    """The setup of a run from its folder, with sources and data verified by hash."""
-    manifest = read_manifest(folder)
-    for line in changed_versions(manifest):
-        watcher.line(line)
-    config = dict(manifest["config"])
-    config["cluster"] = {**config["cluster"], **(changes or {})}
-    import yaml
-
-    source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.path / "run.yaml"))
-    setup = check(parse_config(source, folder.path), report=watcher.line)
-    for name, ref in setup.models.items():
-        recorded = manifest["models"][name]["sha256"]
-        if ref.sha256 != recorded:
-            raise RunError(
-                f"model '{name}' at {ref.path} is not the one the run started with (sha256 {str(ref.sha256)[:12]}, "
-                f"was {recorded[:12]}); put the old files back, or start a new run"
-            )
-    for name, digest in setup.data_sha256.items():
-        if digest != manifest["data_sha256"][name]:
-            raise RunError(
-                f"the data of evaluator '{name}' changed since the run started; put it back, or start a new run"
-            )
-    return setup
+    setup = load_setup(folder, watcher, changes, places)
+    return _carry_on(setup, folder, make_pool, watcher, budget or {}, places)
 
 
 def make_population(setup: Setup, in_flight: int) -> Population:
@@ -132,20 +123,36 @@ def make_population(setup: Setup, in_flight: int) -> Population:
     )
 
 
-def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Watcher) -> Finished:
-    search = setup.config.search
+def _carry_on(
+    setup: Setup,
+    folder: RunFolder,
+    make_pool: MakePool,
+    watcher: Watcher,
+    changes: Mapping[str, Any] | None = None,
+    places: Sequence[Path] = (),
+) -> Finished:
+    search, cluster = setup.config.search, setup.config.cluster
     in_flight = int(read_manifest(folder)["window"])
-    with folder.lock(), History.open(folder.history) as history, stop_requests(watcher.line) as stop:
+    with (
+        _full_disk_explained(folder),
+        folder.lock(),
+        mirrored(folder.path, folder.remote, watcher.line),
+        History.open(folder.history) as history,
+        stop_requests(watcher.line) as stop,
+    ):
         if history.recovered:
             watcher.line(history.recovered)
+        sessions = Sessions(folder.sessions)
+        events = history.events()
+        budget, extension = extend(setup, events, sessions, changes or {}, watcher.line)
+        if extension is not None:
+            history.append(extension)
+            events.append(extension)
 
         def pool() -> Pool:
             working = folder.path / "workers"
             working.mkdir(exist_ok=True)
             return make_pool(setup, setup.worker_plan(), working)
-
-        limits = Limits(None if search.baselines_only else search.budget, in_flight, ordered=search.order == "ordered")
-        population = make_population(setup, in_flight)
 
         def failed(outcome: Outcome) -> None:
             assert outcome.failure is not None
@@ -153,38 +160,109 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
                 log.write(f"candidate {outcome.candidate} on {outcome.items} items: {outcome.failure.message}\n")
                 log.write(outcome.failure.detail + "\n")
 
+        def progress(state: Progress) -> None:
+            sessions.tick()
+            watcher.progress(state)
+
+        ended = _ended(events)
+        items = items_per_candidate(setup)
+        if ended is None:
+            sessions.begin(
+                first_event=len(events),
+                pool=cluster.pool,
+                workers=cluster.workers,
+                gpus_per_worker=cluster.gpus_per_worker,
+                device=setup.device,
+                versions=versions(),
+                places=tuple(str(place.expanduser().resolve()) for place in places),
+            )
+        used = Used.of(events, sessions, items)
         driver = Driver(
-            population, history, Spool(folder.spool), pool, limits, watcher.progress, stop=stop, failed=failed
+            make_population(setup, in_flight),
+            history,
+            Spool(folder.spool),
+            pool,
+            Limits(budget.candidates, in_flight, ordered=search.order == "ordered"),
+            progress,
+            stop=stop,
+            failed=failed,
+            spending=Spending(budget, items, cluster.gpus_per_worker, used.gpu_hours, lambda: sessions.search_seconds),
         )
         try:
-            ended = _ended(history.events())
             if ended is None:
-                driver.search()
-                ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed)
-            model = folder.best
-            if not model.exists():
-                watcher.line("exporting the winner")
-                export_candidate(setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended)
-            write_report(folder, setup, ended, len(driver.population.candidates))
+                with sessions.searching():
+                    driver.search()
+                watcher.line(why_ended(len(driver.population.candidates), driver.limit, budget))
+                earlier = sum(isinstance(event, End) for event in events)
+                ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
+            model = _hand_over(setup, folder, driver, ended, budget, watcher)
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:
             done = sum(1 for _, items in driver.trials if items == "search")
             raise InterruptedRun(
                 f"stopped: {done} of {driver.total} candidates are saved in {folder.path}; "
-                f"go on with: meiosis resume {folder.path}"
+                f"go on with: meiosis resume {folder.address}"
             ) from None
         finally:
             driver.close()
     return Finished(folder, ended, model)
 
 
+def _hand_over(
+    setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, watcher: Watcher
+) -> Path:
+    """Export the winner, unless that was done, and write the report; returns the folder of the model."""
+    model = folder.best
+    if not model.exists() or (verdict.earlier and not _is_exported(model, verdict)):
+        watcher.line("exporting the winner")
+        winner = driver.population.candidates[verdict.winner]
+        export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=verdict.earlier > 0)
+    asked = len(driver.population.candidates)
+    write_report(folder, setup, verdict, asked, why_ended(asked, driver.limit, budget))
+    return model
+
+
+@contextmanager
+def _full_disk_explained(folder: RunFolder) -> Iterator[None]:
+    """Say of a full disk, wherever it was met, what is saved and how to go on."""
+    try:
+        yield
+    except (OSError, MeiosisError) as error:
+        if not disk_is_full(error):
+            raise
+        try:
+            done = sum(isinstance(event, Trial) and event.items == "search" for event in folder.events())
+            saved = f"{done} candidates are saved"
+        except MeiosisError:
+            saved = "what was recorded is saved"
+        raise RunError(
+            f"the disk of {folder.path} is full: {saved}; make room and go on with: meiosis resume {folder.address}"
+        ) from error
+
+
+def _is_exported(model: Path, verdict: Verdict) -> bool:
+    """Whether the exported model is that of the verdict, and not of an earlier one of an extended run."""
+    try:
+        card = (model / "README.md").read_text(encoding="utf-8")
+        return written_sha256(model) == verdict.weights_sha256 and markdown_table(verdict) in card
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def _ended(events: Iterable[Event]) -> Verdict | None:
-    return next((Verdict.from_json(event.verdict) for event in events if isinstance(event, End)), None)
+    end = end_in_force(events)
+    return None if end is None else Verdict.from_json(end.verdict)
 
 
 def export_trial(
-    folder: RunFolder, out: Path, trial: int | None, watcher: Watcher, *, overwrite: bool = False
+    folder: RunFolder,
+    out: Path,
+    trial: int | None,
+    watcher: Watcher,
+    *,
+    overwrite: bool = False,
+    places: Sequence[Path] = (),
 ) -> Candidate:
     """Write one candidate of a run, finished or not; returns the candidate.
 
@@ -192,15 +270,21 @@ def export_trial(
         folder: the run; a driver may be at work on it.
         out: folder to write.
         trial: id of the candidate; None for the winner, or the best so far on the search items.
+        places: see `resume`.
 
     Raises:
         UserError: no such candidate, nothing to export yet, or `out` is taken.
     """
-    setup = load_setup(folder, watcher)
+    setup = load_setup(folder, watcher, places=places)
     events = folder.events()
     ended = _ended(events)
-    population = make_population(setup, int(read_manifest(folder)["window"]))
-    trials = replay(events, population)
+    in_flight = int(read_manifest(folder)["window"])
+    population = make_population(setup, in_flight)
+    if setup.config.search.order == "ordered":
+        replay_ordered(events, population, in_flight)
+        trials = {(event.candidate, event.items): event for event in events if isinstance(event, Trial)}
+    else:
+        trials = replay(events, population)
     if trial is None:
         trial = ended.winner if ended is not None else _best_so_far(trials, folder)
     if not 0 <= trial < len(population.candidates):

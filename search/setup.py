@@ -29,6 +29,7 @@ from search.recipe import ModelRef
 from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
+from search.store.remote import is_url
 from search.yaml_source import Location
 
 BASE = "base"
@@ -122,12 +123,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     metrics = _metrics(evaluators)
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
-    smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
-    if config.search.budget < smallest and not config.search.baselines_only:
-        faults.add(
-            ("search", "budget"),
-            f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
-        )
+    _check_budget(config, evaluators, faults)
     cluster = config.cluster
     if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
         key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
@@ -200,6 +196,23 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         make_optimizer=make_optimizer,
         data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
     )
+
+
+def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:
+    smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
+    if config.search.budget < smallest and not config.search.baselines_only:
+        faults.add(
+            ("search", "budget"),
+            f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
+        )
+    items = config.search.limits.item_evaluations
+    if items is not None:
+        needed = smallest * sum(len(evaluator.items("search")) for evaluator in evaluators.values())
+        if items < needed:
+            faults.add(
+                ("search", "limits", "item_evaluations"),
+                f"{items} is too small; every parent, the base and one merge take {needed} search items",
+            )
 
 
 def has_gpu() -> bool:
@@ -354,7 +367,8 @@ def _absolute(
     }
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
     # What a command writes goes where the user stands, what it reads is found from the config.
-    data["results"] = str(Path(loaded.config.results).expanduser().resolve())
+    if not is_url(loaded.config.results):
+        data["results"] = str(Path(loaded.config.results).expanduser().resolve())
     return Config.model_validate(data)
 
 

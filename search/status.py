@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from typing import Any
 
+from search.budget import Budget, LimitsConfig, Used, budget_in_force, end_in_force, limit_in_force, why_ended
 from search.errors import MeiosisError
 from search.finals import Verdict
 from search.manifest import read_manifest
-from search.store.events import Ask, End, Trial
+from search.store.events import Ask, Trial
 from search.store.nodes_file import WorkersState, read_nodes
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class RunStatus:
     Attributes:
         state: `running` (a driver holds the lock), `finished`, or `stopped` (it can be resumed).
         done, budget: candidates told, and all of them.
+        limits, used: what the search may use and has used, by name (seconds, hours, items); limits that are set.
+        ended_by: what ended the search, in a sentence, once it is over.
+        sessions: how many drivers have worked on it.
         best_loss, best_candidate, best_origin, best_metrics: the best feasible trial on the search items.
         failures: message -> how many trials failed with it.
         last_result: local time of the last trial.
@@ -44,6 +50,10 @@ class RunStatus:
     verdict: str | None = None
     model: str | None = None
     workers: WorkersState | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    used: Mapping[str, float] = field(default_factory=dict)
+    ended_by: str | None = None
+    sessions: int = 0
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -65,7 +75,11 @@ def run_status(folder: RunFolder) -> RunStatus:
     origins = {event.candidate: event.origin for event in events if isinstance(event, Ask)}
     trials = [event for event in events if isinstance(event, Trial)]
     searched = [trial for trial in trials if trial.items == "search"]
-    ended = next((event for event in events if isinstance(event, End)), None)
+    ended, limit = end_in_force(events), limit_in_force(events)
+    sessions = Sessions(folder.sessions)
+    search = manifest["config"]["search"]
+    budget = budget_in_force(_budget_at_start(search), events)
+    limits = {name: most for name, most in asdict(budget).items() if most is not None and name != "candidates"}
     usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
@@ -76,9 +90,7 @@ def run_status(folder: RunFolder) -> RunStatus:
         path=str(folder.path),
         state=state,
         done=len(searched),
-        budget=len(origins)
-        if manifest["config"]["search"].get("baselines_only")
-        else int(manifest["config"]["search"]["budget"]),
+        budget=len(origins) if budget.candidates is None else budget.candidates,
         best_loss=best.loss if best else None,
         best_candidate=best.candidate if best else None,
         best_origin=origins[best.candidate] if best else None,
@@ -88,4 +100,14 @@ def run_status(folder: RunFolder) -> RunStatus:
         verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
         model=str(folder.best) if folder.best.exists() else None,
         workers=read_nodes(folder.path),
+        limits=limits,
+        used=asdict(Used.of(events, sessions)),
+        ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
+        sessions=len(sessions.all),
     )
+
+
+def _budget_at_start(search: Mapping[str, Any]) -> Budget:
+    limits = LimitsConfig.model_validate(search.get("limits") or {})
+    candidates = None if search.get("baselines_only") else int(search["budget"])
+    return Budget(candidates, limits.item_evaluations, limits.gpu_hours, limits.wall_clock)

@@ -40,7 +40,8 @@ def command(
     import json
 
     from search.config import load_config
-    from search.run import Watcher, start
+    from search.progress import Watcher
+    from search.run import start
     from search.setup import check
 
     named = {"cluster.workers": workers, "cluster.address": address}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from search.pool import Pool, WorkerPlan
     from search.setup import Setup
+    from search.store.run_folder import RunFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,3 +105,15 @@ def results_option(function: F) -> F:
         type=click.Path(path_type=Path),
         help="Folder of the runs.",
     )(function)
+
+
+def find_run(results: Path, run: str) -> RunFolder:
+    """The run of that name, at that path, or at that URL, from which it is brought here."""
+    from search.store.remote import is_url
+    from search.store.run_folder import RunFolder
+
+    if is_url(run):
+        from search.store.remote_run import fetch
+
+        return fetch(run)
+    return RunFolder.find(results, run)

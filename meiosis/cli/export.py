@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from meiosis.cli.common import debug_option, json_option, note, out, print_json, results_option
+from meiosis.cli.budget import places_option
+from meiosis.cli.common import debug_option, find_run, json_option, note, out, print_json, results_option
 from meiosis.cli.hub import push_options
 
 
@@ -16,6 +17,7 @@ from meiosis.cli.hub import push_options
 @click.option("--trial", type=int, help="Candidate to export; by default the winner, or the best so far.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is in OUT.")
 @push_options
+@places_option
 @results_option
 @json_option
 @debug_option
@@ -26,17 +28,19 @@ def command(
     overwrite: bool,
     push: str | None,
     private: bool,
+    places: tuple[Path, ...],
     results: Path,
     as_json: bool,
 ) -> None:
     """Write the best (or any) trial of RUN as a Hugging Face checkpoint to OUT."""
     from search.gguf import gguf_ready
+    from search.progress import Watcher
     from search.push import check_repository, push_folder
-    from search.run import Watcher, export_trial
-    from search.store.run_folder import RunFolder
+    from search.run import export_trial
 
     repository = check_repository(push, private)
-    chosen = export_trial(RunFolder.find(results, run), folder, trial, Watcher(note), overwrite=overwrite)
+    found = find_run(results, run)
+    chosen = export_trial(found, folder, trial, Watcher(note), overwrite=overwrite, places=places)
     missing = gguf_ready(folder)
     address = push_folder(folder, repository) if repository is not None else None
     if as_json:

@@ -69,6 +69,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
         },
         "cost": {
             "candidates": config.search.budget,
+            "limits": config.search.limits.model_dump(mode="json", exclude_none=True),
             "workers": config.cluster.workers,
             "items": items,
             "item evaluations": config.search.budget * sum(pools["search"] for pools in items.values()),
@@ -119,6 +120,9 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
     )
     for name, pools in cost["items"].items():
         console.print(f"Evaluator {name}: " + ", ".join(f"{count} {pool} items" for pool, count in pools.items()) + ".")
+    if cost["limits"]:
+        limits = ", ".join(f"{name} {limit}" for name, limit in cost["limits"].items())
+        console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
     console.print(
         f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
         "The config is sound; nothing was spent.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from meiosis.cli.budget import limit_options
 from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json
 from meiosis.cli.watch import Watch
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--run", "name", help="Name of the run; by default the name in the config and the time.")
 @click.option("--budget", type=int, help="Candidates to evaluate, generation 0 included.")
+@limit_options
 @click.option("--workers", type=int, help="Candidates evaluated at once; sets the window where the config does not.")
 @click.option("--address", help="Ray cluster to join; by default one is started here.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
@@ -27,6 +29,9 @@ def command(
     config: Path,
     name: str | None,
     budget: int | None,
+    item_evaluations: str | None,
+    gpu_hours: str | None,
+    wall_clock: str | None,
     workers: int | None,
     address: str | None,
     overrides: tuple[str, ...],
@@ -37,11 +42,19 @@ def command(
     Ctrl-C stops cleanly and prints how to resume.
     """
     from search.config import load_config
-    from search.run import Watcher, start
+    from search.progress import Watcher
+    from search.run import start
     from search.setup import check
 
-    named = {"search.budget": budget, "cluster.workers": workers, "cluster.address": address}
-    given = tuple(f"{key}={value}" for key, value in named.items() if value is not None)
+    named = {
+        "search.budget": budget,
+        "search.limits.item_evaluations": item_evaluations,
+        "search.limits.gpu_hours": gpu_hours,
+        "search.limits.wall_clock": wall_clock,
+        "cluster.workers": workers,
+        "cluster.address": address,
+    }
+    given = tuple(f"{key}={'null' if value == 'none' else value}" for key, value in named.items() if value is not None)
     loaded = load_config(config, (*overrides, *given))
     setup = check(loaded, report=note)
     with Watch(quiet=as_json) as watch:

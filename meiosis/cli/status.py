@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from meiosis.cli.common import debug_option, json_option, out, print_json, results_option
+from meiosis.cli.common import debug_option, find_run, json_option, out, print_json, results_option
 
 if TYPE_CHECKING:
     from search.status import RunStatus
@@ -28,7 +28,7 @@ def command(run: str | None, results: Path, as_json: bool) -> None:
     if run is None:
         found = [status_or_damage(folder) for folder in RunFolder.list_runs(results)]
     else:
-        found = [run_status(RunFolder.find(results, run))]
+        found = [run_status(find_run(results, run))]
     if as_json:
         print_json([asdict(status) for status in found] if run is None else asdict(found[0]))
     elif run is None:
@@ -63,6 +63,10 @@ def _list(found: list[RunStatus], results: Path) -> None:
 def _show(status: RunStatus) -> None:
     console = out()
     console.print(f"Run {status.name}: {status.state}, {status.done} of {status.budget} candidates told.")
+    for name, limit in status.limits.items():
+        console.print(f"Limit {name}: {_amount(name, status.used[name])} of {_amount(name, limit)} used.")
+    if status.ended_by:
+        console.print(status.ended_by)
     if status.best_loss is not None:
         best = f"trial {status.best_candidate} ({status.best_origin}), loss {status.best_loss:.4f}"
         console.print(f"Best on the search items: {best}")
@@ -95,3 +99,9 @@ def _show_workers(workers: WorkersState, *, running: bool) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _amount(name: str, value: float) -> str:
+    from search.budget import duration
+
+    return duration(round(value, 1)) if name == "wall_clock" else f"{value:,.4g}" if value % 1 else f"{value:,.0f}"

@@ -67,6 +67,15 @@ def sweep(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error says, or was raised because of one that says, that the disk takes no more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turn OSError into HistoryError that says what could not be done, and the way out."""

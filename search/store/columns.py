@@ -3,7 +3,7 @@
 | column | type | meaning |
 |---|---|---|
 | seq | int64 | number of the event, from 0 without gaps |
-| kind | string | `ask`, `trial` or `end` |
+| kind | string | `ask`, `trial`, `limit`, `extended` or `end` |
 | candidate | int64 | number of the candidate; of the winner in `end` |
 | items | string | pool of items of a trial: `search`, `select` or `certify` |
 | origin | string | where an asked candidate comes from |
@@ -23,7 +23,7 @@
 | merge_seconds, evaluate_seconds | float64 | time spent by the worker |
 | worker | string | who evaluated |
 | attempts | int64 | how often the evaluation was started |
-| verdict | string | JSON of `end` |
+| verdict | string | JSON of `end`, of `limit` (limit, used) and of `extended` (the budget from there on) |
 | crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, which hold this column |
 
 Columns that do not belong to a kind of event are null. There are no dictionary columns: they would
@@ -32,6 +32,7 @@ need messages of their own, and a record would no longer stand for itself.
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ from numpy.typing import NDArray
 
 from evaluators.base import Scores
 from search.store.arrays import ScoreRows, one, score_rows
-from search.store.events import Ask, End, Event, Trial
+from search.store.events import Ask, End, Event, Extended, LimitReached, Trial
 from search.store.side_files import SideFiles
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
                 row["scores_file"], row["scores_sha256"] = side.put_scores(seq, scores)
             else:
                 row["scores"] = scores
+        case LimitReached():
+            row = {"kind": "limit", "verdict": json.dumps({"limit": event.limit, "used": event.used})}
+        case Extended():
+            row = {"kind": "extended", "verdict": event.budget}
         case End():
             row = {"kind": "end", "candidate": event.winner, "verdict": event.verdict}
     return {**row, "seq": seq, "crc32": _UNSET}
@@ -185,6 +190,10 @@ def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles) -> Event:
         )
     if row["kind"] == "end":
         return End(winner=row["candidate"], verdict=row["verdict"])
+    if row["kind"] == "limit":
+        return LimitReached(**json.loads(row["verdict"]))
+    if row["kind"] == "extended":
+        return Extended(row["verdict"])
     if row["scores_file"] is not None:
         scores = side.get_scores(row["scores_file"], row["scores_sha256"])
     return Trial(

@@ -1,4 +1,4 @@
-"""What a history records: asks, trials, and the end of the run.
+"""What a history records: asks, trials, what became of the budget, and the end of the run.
 
 Each event knows which part of it is decided by the run (`deterministic`) and which is circumstance:
 when, where, how long, after how many attempts. Two runs of the same search agree on the first.
@@ -118,8 +118,39 @@ class Trial(Recorded):
 
 
 @dataclass(frozen=True, eq=False)
+class LimitReached(Recorded):
+    """A limit of the budget is used up: nothing more is asked, what is in flight is finished.
+
+    It is recorded because nobody can tell from a history when time ran out.
+
+    Attributes:
+        limit: `item_evaluations`, `gpu_hours` or `wall_clock`.
+        used: how much was used then; items, hours and seconds.
+    """
+
+    limit: str
+    used: float
+
+    def deterministic(self) -> Content:
+        return ("limit", self.limit)
+
+    def circumstances(self) -> Content:
+        return (bits(self.used),)
+
+
+@dataclass(frozen=True, eq=False)
+class Extended(Recorded):
+    """The user changed the budget: `budget`, the JSON of a `search.budget.Budget`, holds from here on."""
+
+    budget: str
+
+    def deterministic(self) -> Content:
+        return ("extended", self.budget)
+
+
+@dataclass(frozen=True, eq=False)
 class End(Recorded):
-    """The run is over: the winning candidate, or None, and the verdict as JSON."""
+    """The run is over: the winning candidate, or None, and the verdict as JSON. An extended run has several."""
 
     winner: int | None
     verdict: str
@@ -128,7 +159,7 @@ class End(Recorded):
         return ("end", self.winner, self.verdict)
 
 
-Event = Ask | Trial | End
+Event = Ask | Trial | LimitReached | Extended | End
 
 
 def bits(value: float) -> bytes:

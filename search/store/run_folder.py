@@ -18,9 +18,12 @@ from search.store.atomic import TEMPORARY, make_folder, sync_folder, write_atomi
 from search.store.events import Event
 from search.store.history import History
 from search.store.lock import LOCK, FileLock, Owner
+from search.store.sessions import SESSIONS
 
 CONFIG = "run.yaml"
 """A folder is a run when it has this file."""
+REMOTE = "remote"
+"""File with the URL of a run whose working copy the folder is."""
 
 _NAME = re.compile(r"[\w][\w.+@=-]{0,127}")
 
@@ -64,6 +67,28 @@ class RunFolder:
     def report(self) -> Path:
         """The report, for people."""
         return self.path / "report.md"
+
+    @property
+    def sessions(self) -> Path:
+        """Who carried the run, when and with what."""
+        return self.path / SESSIONS
+
+    @property
+    def remote(self) -> str | None:
+        """The URL that the run is kept under, and that this folder is the working copy of."""
+        try:
+            return (self.path / REMOTE).read_text(encoding="utf-8").strip() or None
+        except OSError:
+            return None
+
+    def set_remote(self, url: str) -> None:
+        """Make this folder the working copy of the run at a URL. Raises OSError."""
+        write_atomic(self.path / REMOTE, f"{url}\n".encode())
+
+    @property
+    def address(self) -> str:
+        """What the user goes on with: the URL, or the folder."""
+        return self.remote or str(self.path)
 
     @property
     def log(self) -> Path:

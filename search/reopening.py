@@ -1,0 +1,62 @@
+"""The setup of a run from its folder: here or elsewhere, with everything verified that it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from search.config import parse_config
+from search.errors import RunError
+from search.manifest import changed_device, changed_versions, read_manifest
+from search.progress import Watcher
+from search.relocate import Places, relocated
+from search.setup import Setup, check
+from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
+from search.yaml_source import YamlSource
+
+
+def load_setup(
+    folder: RunFolder, watcher: Watcher, changes: Mapping[str, Any] | None = None, places: Sequence[Path] = ()
+) -> Setup:
+    """The setup of a run from its folder, with sources and data verified by hash; see `search.run.resume`."""
+    manifest = read_manifest(folder)
+    for line in changed_versions(manifest):
+        watcher.line(line)
+    known = (*(place.expanduser().resolve() for place in places), *map(Path, Sessions(folder.sessions).places))
+    now = folder.path.resolve().parent
+    then = Path(manifest["config"]["results"])
+    config = relocated(manifest, str(folder.config), Places(tuple(dict.fromkeys(known)), then, now, watcher.line))
+    config["cluster"] = _changed_cluster(config["cluster"], changes or {})
+    source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.config))
+    setup = check(parse_config(source, folder.path), report=watcher.line)
+    for line in changed_device(manifest, setup):
+        watcher.line(line)
+    for name, ref in setup.models.items():
+        recorded = manifest["models"][name]["sha256"]
+        if ref.sha256 != recorded:
+            raise RunError(
+                f"model '{name}' at {ref.path} is not the one the run started with (sha256 {str(ref.sha256)[:12]}, "
+                f"was {recorded[:12]}); put the old files back, name a folder that has them with --models DIR, or "
+                "start a new run"
+            )
+    for name, digest in setup.data_sha256.items():
+        if digest != manifest["data_sha256"][name]:
+            raise RunError(
+                f"the data of evaluator '{name}' changed since the run started; put it back, or start a new run"
+            )
+    return setup
+
+
+def _changed_cluster(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The cluster section of a run that goes on elsewhere."""
+    cluster = {**recorded, **changes}
+    if cluster["pool"] == "local" and recorded["pool"] != "local":
+        # Ray's workers without a reserved GPU ran on the CPU, a worker in this process would take the GPU it sees.
+        on_cpu = recorded["device"] == "auto" and not recorded["gpus_per_worker"]
+        elsewhere = {"address": None, "gpus_per_worker": 0, **({"device": "cpu"} if on_cpu else {})}
+        cluster = {**recorded, **elsewhere, **changes}
+    return cluster

@@ -1,0 +1,394 @@
+"""A run that is kept elsewhere: on an object store or a network file system, under a URL.
+
+The driver works in a folder of this machine, where appends are cheap and locks work, and copies it to the URL
+while it runs: everything that was recorded is there at the latest `LAG_SECONDS` after it was, and the time of
+the copy. What is there at any moment is a whole run: first comes what records refer to, then sealed parts and
+the live segment, then the list of the parts, which says what counts; a model marks itself last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from search.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+LAG_SECONDS = 5.0
+"""Pause between two copies."""
+STALE_SECONDS = 120.0
+"""A driver that has not been heard of for so long is gone: another may go on."""
+DRIVER = "driver.json"
+"""Who works on the run, and when that was last true."""
+_BEST = "best/meiosis.json"
+"""Copied last of a model: without it the model there is not whole."""
+
+_PARTS = "history/manifest.json"
+_ITEMS = "history/items/"  # every list under its hash
+_TRIES = 5
+_LOCAL = ("workers", "remote")
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
+_WHOLE_ON_CLOSE = ("s3", "gcs", "abfs")
+"""Stores in which an object appears when it is whole; elsewhere a file is written under another name first."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a place is named by a URL and not by a path."""
+    return _URL.match(text) is not None
+
+
+@dataclass(frozen=True)
+class Store:
+    """Files below a URL."""
+
+    url: str
+    system: FileSystem
+    root: str
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """The place at a URL: what pyarrow knows (`s3://`, `gs://`, `hdfs://`, `file://`), or fsspec.
+
+        Raises:
+            UserError: no such kind of URL, or it cannot be reached.
+        """
+        import pyarrow as pa
+        from pyarrow import fs
+
+        try:
+            system, root = fs.FileSystem.from_uri(url)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            try:
+                import fsspec  # type: ignore[import-untyped]  # has no stubs
+
+                other, root = fsspec.core.url_to_fs(url)
+                system = fs.PyFileSystem(fs.FSSpecHandler(other))
+            except (ImportError, ValueError, OSError):
+                raise UserError(
+                    f"{url}: {_first_line(error)}; give a folder, or an s3://, gs:// or file:// URL"
+                ) from error
+        return cls(url.rstrip("/"), system, root.rstrip("/"))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None where there is none. Raises OSError."""
+        try:
+            with self.system.open_input_stream(f"{self.root}/{name}") as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write a file, which appears whole. Raises OSError."""
+        path = f"{self.root}/{name}"
+        direct = self.system.type_name in _WHOLE_ON_CLOSE
+        if not direct:
+            self.system.create_dir(path.rpartition("/")[0], recursive=True)
+        target = path if direct else f"{path}.{uuid4().hex[:8]}.tmp"
+        with self.system.open_output_stream(target) as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+        if not direct:
+            self.system.move(target, path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is not there is fine. Raises OSError."""
+        with suppress(FileNotFoundError):
+            self.system.delete_file(f"{self.root}/{name}")
+
+    def names(self) -> dict[str, int]:
+        """Every file below the URL -> its bytes. Raises OSError."""
+        from pyarrow import fs
+
+        found = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
+        files = (info for info in found if info.type == fs.FileType.File and not info.path.endswith(".tmp"))
+        return {info.path[len(self.root) + 1 :]: info.size for info in files}
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file here. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.system.open_input_stream(f"{self.root}/{name}") as stream, path.open("wb") as file:
+            while chunk := stream.read(1 << 22):
+                file.write(chunk)
+
+
+class Mirror:
+    """Copies a run folder to a URL.
+
+    Args:
+        folder: the run here.
+        store: the run there.
+        report: is told when copying fails, and when it works again.
+    """
+
+    def __init__(self, folder: Path, store: Store, report: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.store, self._report = folder, store, report
+        self._sent: dict[str, tuple[int, int] | str] = {}
+        self._token = uuid4().hex
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_on, name="mirror", daemon=True)
+        self._failing = False
+
+    def claim(self) -> None:
+        """Be the driver of the run there.
+
+        Raises:
+            RunError: another driver was heard of a moment ago.
+        """
+        found = self.store.read(DRIVER)
+        owner: dict[str, Any] = json.loads(found) if found else {}
+        ours = owner.get("host") == socket.gethostname() and not _alive(int(owner.get("pid", 0)))
+        silent = time.time() - float(owner.get("beat", 0))
+        if owner and not ours and silent < STALE_SECONDS:
+            raise RunError(
+                f"{self.store.url} is in use by process {owner['pid']} on {owner['host']}, heard of {silent:.0f} s "
+                f"ago; stop it first, or wait until it was silent for {STALE_SECONDS:.0f} s"
+            )
+        self._beat()
+
+    def _beat(self) -> None:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token, "beat": time.time()}
+        self.store.write(DRIVER, [json.dumps(owner).encode()])
+
+    def start(self) -> None:
+        """Copy from now on, in a thread."""
+        self._thread.start()
+
+    def _keep_on(self) -> None:
+        while not self._stop.wait(LAG_SECONDS):
+            try:
+                self._refuse_usurper()
+                self.push()
+                self._beat()
+            except RunError as error:
+                self._report(str(error))
+                return
+            except OSError as error:
+                if not self._failing:
+                    self._report(
+                        f"cannot copy to {self.store.url}: {_first_line(error)}; trying again as the run goes on"
+                    )
+                self._failing = True
+            else:
+                if self._failing:
+                    self._report(f"copying to {self.store.url} works again")
+                self._failing = False
+
+    def _refuse_usurper(self) -> None:
+        found = self.store.read(DRIVER)
+        if found and json.loads(found)["token"] != self._token:
+            raise RunError(f"another driver took over {self.store.url}; nothing more is copied there from here")
+
+    def finish(self) -> None:
+        """Stop the thread and copy what is left.
+
+        Raises:
+            RunError: that failed; everything is here.
+        """
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        try:
+            self._refuse_usurper()
+            self.push()
+            self.store.remove(DRIVER)
+        except OSError as error:
+            raise RunError(
+                f"cannot copy to {self.store.url}: {_first_line(error)}; everything is in {self.folder}, "
+                f"copy it with: meiosis resume {self.folder}"
+            ) from None  # the disk that may be full is not the one of the run
+
+    def push(self) -> None:
+        """Copy what changed. Raises OSError."""
+        if not self._sent:
+            self._sent = self._look()
+        # Results wait in the spool until the history has them: it is read first and cleared last.
+        spool = {self._name(path) for path in _files(self.folder / "spool")}
+        self._send_file("run.yaml")
+        self._push_history()
+        for name in ("sessions.json", "run.log", "report.md", *sorted(spool)):
+            self._send_file(name)
+        for name in [name for name in self._sent if name.startswith("spool/") and name not in spool]:
+            self._remove(name)
+        self._push_model()
+
+    def _look(self) -> dict[str, tuple[int, int] | str]:
+        """What is there, and whether it is known to be what is here: by hash, since a copy may have broken off."""
+        theirs, ours = _hashes(self.store.read(_PARTS)), _hashes(_read(self.folder / _PARTS))
+        same = {f"history/{name}" for name, sha256 in theirs.items() if ours.get(name) == sha256}
+        names = (name for name in self.store.names() if name != DRIVER)
+        return {name: "there" if name in same or name.startswith(_ITEMS) else "unknown" for name in names}
+
+    def _push_history(self) -> None:
+        history = self.folder / "history"
+        for _ in range(10):
+            listed = _read(history / "manifest.json")
+            parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
+            live = f"{len(parts):06d}.arrows"
+            tail = _read(history / live)
+            if tail is not None:
+                break  # else it was sealed while we looked
+        else:
+            return
+        for kind in ("items", "scores"):
+            for path in _files(history / kind):
+                self._send_file(self._name(path))
+        for part in parts:
+            self._send_file(f"history/{part}")
+        self._send(f"history/{live}", tail)
+        # Up to here the list that is there goes with the live segment that is there; what it does not name, nobody
+        # reads (see `download_run`).
+        if listed is not None:
+            self._send(_PARTS, listed)
+        for name in [name for name in self._sent if name.endswith(".arrows") and name != f"history/{live}"]:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self.store.remove(name)
+        del self._sent[name]
+
+    def _push_model(self) -> None:
+        files = _files(self.folder / "best")
+        names = [self._name(path) for path in files]
+        if _BEST not in names or all(self._is_sent(name) for name in names):
+            return
+        self.store.remove(_BEST)
+        for name in [name for name in self._sent if name.startswith("best/") and name not in names]:
+            self._remove(name)
+        for name in sorted(names, key=lambda name: name == _BEST):
+            self._send_file(name)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _state(self, name: str) -> tuple[int, int] | None:
+        try:
+            stat = (self.folder / name).stat()
+        except OSError:
+            return None
+        return stat.st_size, stat.st_mtime_ns
+
+    def _is_sent(self, name: str) -> bool:
+        return self._sent.get(name) in ("there", self._state(name))
+
+    def _send_file(self, name: str) -> None:
+        state = self._state(name)
+        if state is None or self._is_sent(name):
+            return
+        with suppress(FileNotFoundError):  # dropped in the meantime
+            self.store.write(name, _chunks(self.folder / name))
+            self._sent[name] = state
+
+    def _send(self, name: str, data: bytes) -> None:
+        digest = hashlib.sha256(data).hexdigest()
+        if self._sent.get(name) != digest:
+            self.store.write(name, [data])
+            self._sent[name] = digest
+
+
+def download_run(store: Store, folder: Path) -> None:
+    """Copy a run here, without what a copy that broke off has left there; a driver may be at work on it.
+
+    Raises:
+        OSError: that failed.
+    """
+    for attempt in range(_TRIES):
+        try:
+            _download_once(store, folder)
+            return
+        except FileNotFoundError:  # its driver sealed a segment, or took a result from the spool
+            shutil.rmtree(folder, ignore_errors=True)
+            if attempt == _TRIES - 1:
+                raise
+
+
+def _download_once(store: Store, folder: Path) -> None:
+    listed = store.read(_PARTS)
+    names = store.names()
+    parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
+    counted = {f"history/{name}" for name in (*parts, f"{len(parts):06d}.arrows")}
+    for name in names:
+        segment = name.startswith("history/part-") or name.endswith(".arrows")
+        unfinished = (segment and name not in counted) or (name.startswith("best/") and _BEST not in names)
+        if name not in (DRIVER, _PARTS) and not unfinished:
+            store.download(name, folder / name)
+    if listed is not None:
+        (folder / _PARTS).write_bytes(listed)
+
+
+@contextmanager
+def mirrored(folder: Path, url: str | None, report: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, and once more at its end, the run is copied to the URL, if there is one.
+
+    Raises:
+        RunError: another driver works on the run there, or the last copy fails.
+        UserError: the URL cannot be used.
+    """
+    if url is None:
+        yield
+        return
+    mirror = Mirror(folder, Store.open(url), report)
+    try:
+        mirror.claim()
+        mirror.push()
+    except OSError as error:
+        raise UserError(f"{url}: cannot be written: {_first_line(error)}") from error
+    mirror.start()
+    try:
+        yield
+    except BaseException:
+        with suppress(RunError):  # the first error is the one to tell; what is here can be copied later
+            mirror.finish()
+        raise
+    mirror.finish()
+
+
+def _hashes(manifest: bytes | None) -> dict[str, str]:
+    """Part -> hash, of a history's list of parts."""
+    return {part["file"]: part["sha256"] for part in json.loads(manifest)["parts"]} if manifest else {}
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is copied: no locks, nothing half-written, and nothing that belongs to this machine."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        local = any(part.startswith(".") for part in parts) or parts[0] in _LOCAL or path.name == "lock"
+        if not local and path.is_file():
+            found.append(path)
+    return found
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            yield chunk
+
+
+def _alive(pid: int) -> bool:
+    return pid > 0 and Path(f"/proc/{pid}").exists()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

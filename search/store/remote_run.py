@@ -1,0 +1,98 @@
+"""Runs under a URL: made, found and brought here."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from search.checkpoints.fingerprint_cache import cache_folder
+from search.errors import RunError, UserError
+from search.store.history import History
+from search.store.remote import Store, download_run
+from search.store.run_folder import CONFIG, RunFolder
+
+
+def working_root(url: str) -> Path:
+    """The folder of this machine for the runs under a URL: below `MEIOSIS_CACHE`, by default `~/.cache/meiosis`."""
+    url = url.rstrip("/")
+    return (
+        cache_folder() / "runs" / f"{url.rpartition('/')[2] or 'runs'}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    )
+
+
+def create_remote(url: str, name: str | None, manifest: Mapping[str, Any]) -> RunFolder:
+    """A new run under a URL, and its working copy here; see `RunFolder.create`."""
+    store = Store.open(url)
+    root = working_root(url)
+    if name is not None:
+        try:
+            taken = store.read(f"{name}/{CONFIG}") is not None
+        except OSError as error:
+            raise UserError(f"{url}: cannot be read: {error}") from error
+        if taken:
+            raise UserError(
+                f"run '{name}' already exists in {url}; go on with `meiosis resume {url}/{name}` or choose "
+                "another --run"
+            )
+    folder = RunFolder.create(root, name, manifest)
+    folder.set_remote(f"{url.rstrip('/')}/{folder.name}")
+    return folder
+
+
+def fetch(url: str) -> RunFolder:
+    """The run at a URL, in its working copy here, which is brought up to date unless it is ahead.
+
+    Raises:
+        UserError: there is no run at the URL.
+        RunError: a driver works on the copy here, or it and the one at the URL went different ways.
+    """
+    store = Store.open(url)
+    root, _, name = store.url.rpartition("/")
+    folder = RunFolder(working_root(root) / name)
+    try:
+        if store.read(CONFIG) is None:
+            raise UserError(f"{url}: there is no run: no {CONFIG}; check the URL")
+        if folder.config.exists() and (owner := folder.owner()):
+            raise RunError(
+                f"run '{name}' is in use by process {owner.pid} on {owner.host} since {owner.started}; stop it first"
+            )
+        draft = folder.path.parent / f".{name}.{uuid4().hex[:8]}.tmp"
+        try:
+            download_run(store, draft)
+            _take(draft, folder, url)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{url}: cannot be brought to {folder.path}: {error}") from error
+    folder.set_remote(store.url)
+    return folder
+
+
+def _take(draft: Path, folder: RunFolder, url: str) -> None:
+    """Put what was downloaded in the place of the working copy, if it goes on from that."""
+    if folder.config.exists():
+        here, there = _content(folder.history), _content(draft / "history")
+        if here[: len(there)] == there:
+            return  # killed before its last events were copied: they are worth more
+        if there[: len(here)] != here:
+            raise RunError(
+                f"{folder.path} and {url} went different ways after the same start; keep one: remove {folder.path} to "
+                "go on with the one at the URL"
+            )
+        aside = folder.path.parent / f".{folder.name}.{uuid4().hex[:8]}.old"
+        folder.path.rename(aside)
+        draft.rename(folder.path)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        draft.rename(folder.path)
+
+
+def _content(history: Path) -> list[object]:
+    if not history.exists():
+        return []
+    with History.open(history, writable=False) as opened:
+        return [event.deterministic() for event in opened]
