@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from evaluators.base import ItemPool
@@ -28,3 +29,11 @@ class Progress:
     failures: int = 0
     busy: int = 0
     workers: int = 0
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told what happens: `line` gets sentences, `progress` the state after every change."""
+
+    line: Callable[[str], None] = lambda _: None
+    progress: Callable[[Progress], None] = lambda _: None

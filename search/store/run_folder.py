@@ -70,6 +70,11 @@ class RunFolder:
         """What the driver had to say, for people."""
         return self.path / "run.log"
 
+    @property
+    def events_log(self) -> Path:
+        """What happened, for programs; see `search.run_log`."""
+        return self.path / "log.jsonl"
+
     @classmethod
     def create(cls, root: Path, name: str | None, manifest: Mapping[str, Any]) -> RunFolder:
         """A new run under `root`. It appears whole, with its `run.yaml`, or not at all.
