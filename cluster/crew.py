@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Entry:
         message: the job as it is sent.
         attempts: how often it was started.
         lost_on: Ray's ids of the nodes on which its workers died, empty for one killed as overdue.
+        circumstances: what the history tells of the last attempt: `node`, `started_at`, `queue_seconds`, `bytes_moved`.
     """
 
     order: int
@@ -44,6 +46,20 @@ class Entry:
     attempts: int = 0
     lost_on: list[str] = field(default_factory=list)
     cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+    circumstances: dict[str, Any] = field(default_factory=dict)
+
+    def started(self, host: str) -> None:
+        """Note that an attempt begins now, on that machine."""
+        self.attempts += 1
+        waited = time.monotonic() - self.submitted
+        moved = self.circumstances.get("bytes_moved", 0) + len(self.message)
+        self.circumstances = {
+            "node": host,
+            "started_at": time.time(),
+            "queue_seconds": waited,
+            "bytes_moved": moved,
+        }
 
 
 @dataclass(eq=False)
@@ -51,7 +67,8 @@ class Slot:
     """A worker. `call` is the one call in flight; at `deadline` (monotonic seconds) it is killed.
 
     `checking` is the phase between idle and working: a job waits until the worker answers, so that one that
-    died while it was idle does not count against the job. `seen` is when it returned its last outcome.
+    died while it was idle does not count against the job. `seen` is when it returned its last outcome. `node` is
+    Ray's id of its node, `host` the name of that machine.
     """
 
     name: str
@@ -61,6 +78,7 @@ class Slot:
     phase: Literal["starting", "building", "idle", "checking", "working"] = "starting"
     seen: float = -FOREVER
     node: str = ""
+    host: str = ""
     entry: Entry | None = None
 
     def kill(self) -> None:

@@ -32,11 +32,14 @@ from cluster.crew import (
     several_nodes,
 )
 from cluster.local_ray import open_session
+from cluster.metrics import PoolMetrics
 from cluster.worker import Built, Greeting, StartError
 from evaluators.base import ItemPool
 from search.errors import UserError, WorkerError
 from search.local_pool import DEFAULT_BODY, checked, failed, one_line
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.progress import Progress
+from search.run_log import emit
 
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
@@ -127,6 +130,7 @@ class RayPool:
                 self._report("usage statistics stay as the head of the cluster has them")
             if self._crew.room < workers:
                 self._report(f"there is room for {self._crew.room} of {workers} workers until nodes join")
+            self._metrics = PoolMetrics(run=working_folder.resolve().parent.name)
             now = time.monotonic()
             self._gather_until = FOREVER if self._session.own else now + GATHER_SECONDS
             for _ in range(workers):
@@ -186,7 +190,12 @@ class RayPool:
             if time.monotonic() >= end:
                 break
         done, self._done = self._done, []
+        self._metrics.count(done)
         return tuple(done)
+
+    def publish(self, progress: Progress) -> None:
+        """Show the state of the run in the metrics of Ray."""
+        self._metrics.show(progress)
 
     def cancel(self, key: tuple[int, ItemPool]) -> None:
         """Forget a job. One that runs is left to end, and its outcome is dropped."""
@@ -268,7 +277,7 @@ class RayPool:
                 slot.phase, slot.deadline, slot.call = "checking", now + CHECK_SECONDS, slot.actor.check.remote()
 
     def _start(self, slot: Slot, entry: Entry) -> None:
-        entry.attempts += 1
+        entry.started(slot.host)
         slot.phase, slot.deadline = "working", time.monotonic() + self._trial_seconds
         slot.call = slot.actor.run.remote(entry.message)
 
@@ -277,7 +286,8 @@ class RayPool:
         import ray
 
         try:
-            message = pickle.loads(ray.get(slot.call))  # noqa: S301 - written by our own worker
+            data = ray.get(slot.call)
+            message = pickle.loads(data)  # noqa: S301 - written by our own worker
         except ray.exceptions.OutOfMemoryError:
             self._lost(slot, "Ray ended it because its node ran out of memory", "out_of_memory")
             return
@@ -291,7 +301,8 @@ class RayPool:
         if slot.phase == "starting":
             assert isinstance(message, Greeting)
             handshake.compare(self._crew.identity, message.identity, slot.name)
-            slot.node, slot.name = message.node_id, f"{slot.name}/{message.pid}"
+            slot.node, slot.host = message.node_id, message.identity.node
+            slot.name = f"{slot.name}/{message.pid}"
             self._crew.build(slot, time.monotonic())
         elif slot.phase == "building":
             assert isinstance(message, Built | StartError)
@@ -301,6 +312,7 @@ class RayPool:
             self._start(slot, slot.entry)
         elif slot.entry is not None:
             if slot.phase == "working":
+                slot.entry.circumstances["bytes_moved"] += len(data)
                 self._finish(slot.entry, message, slot.name)
                 slot.seen = time.monotonic()
             slot.phase, slot.call, slot.entry, slot.deadline = "idle", None, None, FOREVER
@@ -310,6 +322,7 @@ class RayPool:
             handshake.compare_evaluators(self._crew.evaluators, message.evaluators, slot.name, message.node)
             slot.phase, slot.call, slot.deadline = "idle", None, FOREVER
             self._start_deaths = 0
+            emit("worker_ready", worker=slot.name, node=slot.host)
             if not self._all_up:
                 self._all_up = self._up() == self._workers
                 self._report(f"worker {self._up()}/{self._workers} ready")
@@ -326,10 +339,11 @@ class RayPool:
         except (TypeError, ValueError) as error:
             self._fail(entry, Failure("error", one_line(error)), worker)
         else:
-            self._done.append(replace(outcome, worker=worker, attempts=entry.attempts))
+            self._done.append(replace(outcome, worker=worker, attempts=entry.attempts, **entry.circumstances))
 
     def _fail(self, entry: Entry, failure: Failure, worker: str) -> None:
-        self._done.append(failed(entry.job, failure, worker, entry.attempts))
+        outcome = failed(entry.job, failure, worker, entry.attempts)
+        self._done.append(replace(outcome, **entry.circumstances))
 
     def _lost(self, slot: Slot, why: str, kind: FailureKind, detail: str = "") -> None:
         """A worker is gone, or must go: replace it, and see what becomes of its job."""
@@ -346,6 +360,7 @@ class RayPool:
             else:
                 self._retry_or_fail(slot.entry, slot, why, kind)
         self._slots[self._slots.index(slot)] = self._crew.hire(time.monotonic())
+        emit("worker_lost", "warning", worker=slot.name, node=slot.host, kind=kind, why=why)
         self._report(f"{slot.name} is replaced: {why}")
 
     def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:

@@ -48,6 +48,7 @@ class Driver:
         report: is called with the state after every change.
         stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
         failed: is told every failure, with its traceback.
+        recorded: is told every ask and trial once it is in the history.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Driver:
         report: Callable[[Progress], None] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
         failed: Callable[[Outcome], None] = lambda _: None,
+        recorded: Callable[[Ask | Trial], None] = lambda _: None,
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
         self._spool, self._make_pool = spool, pool
-        self._report, self._stop, self._failed = report, stop, failed
+        self._report, self._stop, self._failed, self._recorded = report, stop, failed, recorded
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
         self._open: dict[Key, None] = {}
@@ -114,7 +116,7 @@ class Driver:
                 if not self._open and not self.population.finished:
                     raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
                 return
-            self.history.append(ask_event(candidate))
+            self._record(ask_event(candidate))
             self._progress = replace(self._progress, total=self.total)
             self._first_with_recipe.setdefault(candidate.work, candidate.id)
             self._submit(candidate, "search")
@@ -179,7 +181,7 @@ class Driver:
         outcome = self._arrived.pop(key)
         metrics = None if outcome.failure else outcome.metrics
         trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
-        self.history.append(trial)
+        self._record(trial)
         if outcome.failure:
             self._failed(outcome)
         self._spool.drop(*outcome.key)
@@ -191,6 +193,10 @@ class Driver:
             self._note(trial)
             self._fill()
         self._count(done=self._progress.done + 1)
+
+    def _record(self, event: Ask | Trial) -> None:
+        self.history.append(event)
+        self._recorded(event)
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
@@ -232,7 +238,14 @@ class Driver:
 
 def _copy(outcome: Outcome, key: Key) -> Outcome:
     """The result of a recipe for another candidate that has the same one."""
-    return replace(outcome, candidate=key[0], attempts=0, worker="", merge_seconds=0.0, evaluate_seconds=0.0)
+    return Outcome(
+        *key,
+        scores=outcome.scores,
+        metrics=outcome.metrics,
+        failure=outcome.failure,
+        weights_sha256=outcome.weights_sha256,
+        attempts=0,
+    )
 
 
 def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:

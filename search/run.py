@@ -17,9 +17,10 @@ from search.errors import DeviceLostError, InterruptedRun, RunError, UserError
 from search.export import export_candidate
 from search.finals import Verdict, finish
 from search.manifest import changed_versions, make_manifest, read_manifest
-from search.pool import Outcome, Pool, WorkerPlan
+from search.observing import Observer
+from search.pool import Pool, WorkerPlan
 from search.population import Candidate, Population
-from search.progress import Progress
+from search.progress import Watcher
 from search.report import write_report
 from search.setup import Setup, check
 from search.stopping import stop_requests
@@ -27,18 +28,13 @@ from search.store.events import End, Event, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
 from search.store.spool import Spool
+from search.tracker import known_trackers
 from search.yaml_source import YamlSource
+
+__all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]
 
 MakePool = Callable[[Setup, WorkerPlan, Path], Pool]
 """Makes the workers of a run: setup, plan for the workers, and a folder that the run owns."""
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who is told what happens: `line` gets sentences, `progress` the state after every change."""
-
-    line: Callable[[str], None] = lambda _: None
-    progress: Callable[[Progress], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,7 @@ def load_setup(folder: RunFolder, watcher: Watcher, changes: Mapping[str, Any] |
         watcher.line(line)
     config = dict(manifest["config"])
     config["cluster"] = {**config["cluster"], **(changes or {})}
+    config["tracking"] = known_trackers(config.get("tracking", []), watcher.line)
     import yaml
 
     source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.path / "run.yaml"))
@@ -135,27 +132,34 @@ def make_population(setup: Setup, in_flight: int) -> Population:
 def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Watcher) -> Finished:
     search = setup.config.search
     in_flight = int(read_manifest(folder)["window"])
-    with folder.lock(), History.open(folder.history) as history, stop_requests(watcher.line) as stop:
+    with (
+        folder.lock(),
+        History.open(folder.history) as history,
+        Observer(folder, setup, watcher) as seen,
+        stop_requests(seen.line) as stop,
+    ):
         if history.recovered:
-            watcher.line(history.recovered)
+            seen.line(history.recovered)
 
         def pool() -> Pool:
             working = folder.path / "workers"
             working.mkdir(exist_ok=True)
-            return make_pool(setup, setup.worker_plan(), working)
+            return seen.pool(make_pool(setup, setup.worker_plan(), working))
 
         limits = Limits(None if search.baselines_only else search.budget, in_flight, ordered=search.order == "ordered")
         population = make_population(setup, in_flight)
-
-        def failed(outcome: Outcome) -> None:
-            assert outcome.failure is not None
-            with folder.log.open("a", encoding="utf-8") as log:
-                log.write(f"candidate {outcome.candidate} on {outcome.items} items: {outcome.failure.message}\n")
-                log.write(outcome.failure.detail + "\n")
-
         driver = Driver(
-            population, history, Spool(folder.spool), pool, limits, watcher.progress, stop=stop, failed=failed
+            population,
+            history,
+            Spool(folder.spool),
+            pool,
+            limits,
+            seen.progress,
+            stop=stop,
+            failed=seen.failed,
+            recorded=seen.recorded,
         )
+        seen.know(driver.trials.values(), {candidate.id: candidate.origin for candidate in population.candidates})
         try:
             ended = _ended(history.events())
             if ended is None:
@@ -163,9 +167,9 @@ def _carry_on(setup: Setup, folder: RunFolder, make_pool: MakePool, watcher: Wat
                 ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed)
             model = folder.best
             if not model.exists():
-                watcher.line("exporting the winner")
+                seen.line("exporting the winner")
                 export_candidate(setup, driver.population.candidates[ended.winner], driver.trials, model, verdict=ended)
-            write_report(folder, setup, ended, len(driver.population.candidates))
+            write_report(folder, setup, ended, len(driver.population.candidates), driver.trials.values())
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:

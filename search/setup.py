@@ -29,6 +29,7 @@ from search.recipe import ModelRef
 from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
+from search.tracker import complete_options, tracker_faults
 from search.yaml_source import Location
 
 BASE = "base"
@@ -122,6 +123,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     metrics = _metrics(evaluators)
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
+    faults.lines += tracker_faults(loaded)
     smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
     if config.search.budget < smallest and not config.search.baselines_only:
         faults.add(
@@ -353,6 +355,7 @@ def _absolute(
         for name, evaluator in evaluators.items()
     }
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
+    data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     data["results"] = str(Path(loaded.config.results).expanduser().resolve())
     return Config.model_validate(data)
