@@ -24,7 +24,7 @@ class Notes(Tracker):
 
     def begin(self, run: TrackedRun) -> None:
         self._file = run.folder / "notes.jsonl"
-        self._note("begin", {"id": run.remembered(lambda: time.monotonic_ns()), "seed": run.config["seed"]})
+        self._note("begin", {"id": run.remembered(time.monotonic_ns), "seed": run.config["seed"]})
 
     def trial(self, trial: TrackedTrial) -> None:
         if trial.candidate % self.options.every == 0:
