@@ -204,6 +204,8 @@ def test_a_cluster_on_loopback_takes_who_has_the_token_and_nobody_else(family: P
     search = ["meiosis", "search", str(config), "--set", f"cluster.address={address}", "--run"]
     stranger = run(*search, "stranger", RAY_AUTH_TOKEN="0" * 64)
     assert stranger.returncode == 1, stranger.stderr
+    (said,) = [line for line in stranger.stderr.splitlines() if line.startswith("meiosis:")]
+    assert "if it asks for a token, set RAY_AUTH_MODE=token" in said
     assert "Traceback" not in stranger.stderr
     done = run(*search, "first")
     assert done.returncode == 0, done.stderr
