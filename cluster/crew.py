@@ -41,6 +41,8 @@ class Slot:
         phase: `checking` lies between idle and working: a job waits until the worker answers, so that one that
             died while it was idle does not count against the job. `doubted`: see `cluster.doubts`.
         seen: when it returned its last outcome, in monotonic seconds.
+        node: Ray's id of its node.
+        host: name of that machine.
         failed: candidates that failed on it since the last success.
         successes: how many outcomes of all workers were successes when the first of these failed.
     """
@@ -54,6 +56,7 @@ class Slot:
     phase: Phase = "starting"
     seen: float = -FOREVER
     node: str = ""
+    host: str = ""
     entry: Entry | None = None
     failed: set[int] = field(default_factory=set)
     successes: int = 0

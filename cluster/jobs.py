@@ -8,9 +8,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from evaluators.base import ItemPool
 from search.local_pool import failed, one_line
@@ -29,6 +31,8 @@ class Entry:
         lost_on: Ray's ids of the nodes on which its workers died, empty for one killed as overdue.
         left: node -> why the worker that had the job there is gone; it is tried on other nodes.
         failed_first: the outcome that is not believed before another worker has tried.
+        submitted: when it was, in monotonic seconds.
+        circumstances: what the history tells of the last attempt: `node`, `started_at`, `queue_seconds`, `bytes_moved`.
     """
 
     order: int
@@ -39,6 +43,23 @@ class Entry:
     left: dict[str, str] = field(default_factory=dict)
     failed_first: Outcome | None = None
     cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+    circumstances: dict[str, Any] = field(default_factory=dict)
+
+    def started(self, host: str) -> None:
+        """Note that an attempt begins now, on that machine."""
+        self.attempts += 1
+        moved = self.circumstances.get("bytes_moved", 0) + len(self.message)
+        self.circumstances = {
+            "node": host,
+            "started_at": time.time(),
+            "queue_seconds": time.monotonic() - self.submitted,
+            "bytes_moved": moved,
+        }
+
+    def returned(self, message_bytes: int) -> None:
+        """Note that an answer of so many bytes came."""
+        self.circumstances["bytes_moved"] += message_bytes
 
 
 class JobBook:

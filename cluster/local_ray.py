@@ -164,7 +164,10 @@ def _join(address: str, log: Path | None) -> Session:
         ray.shutdown()
         stdout.restore()
         if isinstance(error, Exception):
-            raise WorkerError(f"the Ray cluster at '{address}' cannot be joined: {_line(error)}") from error
+            raise WorkerError(
+                f"the Ray cluster at '{address}' cannot be joined: {_line(error).partition('[')[0]}; if it asks for a "
+                "token, set RAY_AUTH_MODE=token here and give the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)"
+            ) from error
         raise
     return Session(address, False, _added_path(), _stdout=stdout)
 

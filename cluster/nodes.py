@@ -139,8 +139,8 @@ class NodeBook:
             for node in self._nodes.values()
         )
 
-    def write(self, run: Path, wanted: int) -> None:
-        """Write what there is to show into the folder of the run, if it changed.
+    def write(self, folder: Path, wanted: int) -> None:
+        """Write what there is to show into the folder of the pool, if it changed.
 
         Nodes that are gone stay in it if workers died there. A folder that cannot be written ends nothing: the
         history, which must be, says so itself.
@@ -151,9 +151,9 @@ class NodeBook:
         up = sum(slot.up for node in self._nodes.values() for slot in node.workers.values())
         shown = tuple(_state(node) for node in self._nodes.values() if node.alive or node.deaths)
         try:
-            write_nodes(run, WorkersState(_clock(time.time()), wanted, up, shown))
+            write_nodes(folder, WorkersState(_clock(time.time()), wanted, up, shown))
         except OSError as error:
-            self._report(f"{run / NODES} cannot be written: {error.strerror}")
+            self._report(f"{folder / NODES} cannot be written: {error.strerror}")
 
     def now_up(self) -> None:
         """A worker can take jobs from now on."""

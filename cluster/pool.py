@@ -19,12 +19,14 @@ from cluster.calls import FOREVER, Calls
 from cluster.crew import Crew, check_gpus
 from cluster.jobs import JobBook
 from cluster.local_ray import open_session
+from cluster.metrics import PoolMetrics
 from cluster.supervisor import MOMENT_SECONDS, Supervisor
 from evaluators.base import ItemPool
 from search.errors import UserError
 from search.local_pool import DEFAULT_BODY
 from search.outcome_check import OutcomeCheck
 from search.pool import Job, Outcome, WorkerPlan
+from search.progress import Progress
 
 __all__ = ["MOMENT_SECONDS", "RayPool"]
 
@@ -42,8 +44,8 @@ class RayPool:
     Args:
         plan: what the body of every worker is constructed with.
         workers: the most there are at a time; more than the cluster holds start as nodes join.
-        working_folder: existing folder of the run; `ray.log` in it takes what Ray prints, and
-            `workers/nodes.json` tells which nodes have how many workers, and which get none and why.
+        working_folder: existing folder inside that of the run; `ray.log` in it takes what Ray prints, and
+            `nodes.json` tells which nodes have how many workers, and which get none and why.
         address: `host:port` of a Ray cluster to join; None: start Ray on this machine, or use the one
             that this process has.
         trial_seconds: time limit of one attempt at a job; None: none. What operators prepare once per node
@@ -92,6 +94,7 @@ class RayPool:
                 tell("usage statistics stay as the head of the cluster has them")
             if crew.room < workers:
                 tell(f"there is room for {crew.room} of {workers} workers until nodes join")
+            self._metrics = PoolMetrics(run=working_folder.resolve().parent.name)
             self._supervisor = Supervisor(
                 crew,
                 calls,
@@ -150,7 +153,13 @@ class RayPool:
             self._supervisor.step(max(0.0, min(POLL_SECONDS, end - time.monotonic())))
             if time.monotonic() >= end:
                 break
-        return self._jobs.take()
+        done = self._jobs.take()
+        self._metrics.count(done)
+        return done
+
+    def publish(self, progress: Progress) -> None:
+        """Show the state of the run in the metrics of Ray."""
+        self._metrics.show(progress)
 
     def cancel(self, key: tuple[int, ItemPool]) -> None:
         """Forget a job. One that runs is left to end, and its outcome is dropped."""

@@ -26,6 +26,7 @@ from search.errors import WorkerError
 from search.local_pool import failed, one_line
 from search.outcome_check import OutcomeCheck, check_size
 from search.pool import Failure, FailureKind, Outcome
+from search.run_log import emit
 
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
@@ -55,7 +56,7 @@ class Supervisor:
         workers: how many workers there shall be.
         trial_seconds: time limit of one attempt at a job.
         patient: whether the first jobs wait for all workers that there is room for, however long they take.
-        folder: the run's, for `workers/nodes.json`.
+        folder: the pool's, for `nodes.json`.
         report: called with one line when something about the workers is worth telling.
     """
 
@@ -190,7 +191,7 @@ class Supervisor:
         return slot.node not in entry.left or not self._nodes.others(entry.left)
 
     def _start(self, slot: Slot, entry: Entry) -> None:
-        entry.attempts += 1
+        entry.started(slot.host)
         slot.phase = "working"
         self._calls.send(slot, slot.actor.run.remote(entry.message), time.monotonic() + self._trial_seconds)
 
@@ -229,6 +230,7 @@ class Supervisor:
                 self._start(slot, slot.entry)
         elif slot.entry is not None:
             entry, slot.entry, slot.seen = slot.entry, None, time.monotonic()
+            entry.returned(len(data))
             self._finish(slot, entry, message)
             if slot.phase == "working":
                 self._rest(slot)
@@ -236,7 +238,8 @@ class Supervisor:
 
     def _greeting(self, slot: Slot, message: Greeting) -> None:
         handshake.compare(self._crew.identity, message.identity, slot.name)
-        slot.node, slot.name = message.node_id, f"{slot.name}/{message.pid}"
+        slot.node, slot.host = message.node_id, message.identity.node
+        slot.name = f"{slot.name}/{message.pid}"
         slot.phase = "building"
         self._greeted += 1
         self._nodes.arrived(slot)
@@ -252,6 +255,7 @@ class Supervisor:
             self._nodes.now_up()
             self._rest(slot)
             self._start_deaths = 0
+            emit("worker_ready", worker=slot.name, node=slot.host)
             if not self._all_up:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")
@@ -280,7 +284,7 @@ class Supervisor:
         if outcome.failure is None:
             self._doubts.succeeded(slot)
         elif self._doubts.failed(slot, entry.job.candidate) and entry.failed_first is None and len(self._up) > 1:
-            entry.failed_first = outcome
+            entry.failed_first = replace(outcome, worker=slot.name)
             self._doubts.wait(slot, entry)
             self._jobs.put_back(entry)
             return
@@ -295,10 +299,11 @@ class Supervisor:
         if doubted is not None and outcome.failure is None:
             why = f"{FAILURES_IN_A_ROW} candidates in a row failed on it, and the last of them not on {worker}"
             self._nodes.blame(doubted.node, why, time.monotonic())
-            self._replace(doubted, why)
+            self._replace(doubted, why, "error")
         else:
             self._trust(doubted)
-        self._jobs.conclude(entry, replace(outcome, worker=worker, attempts=entry.attempts))
+        outcome = replace(outcome, worker=worker, attempts=entry.attempts, **entry.circumstances)
+        self._jobs.conclude(entry, outcome)
 
     def _trust(self, doubted: Slot | None) -> None:
         """A worker whose failures were those of its candidates goes on."""
@@ -318,16 +323,17 @@ class Supervisor:
         elif entry is None:
             self._start_deaths = 0 if set_aside else self._start_deaths + 1
             self._stop_after(self._start_deaths, START_DEATHS, "could not start", why, detail)
-        self._replace(slot, why)
+        self._replace(slot, why, kind)
         if entry is not None and not entry.cancelled:
             if phase == "checking":
                 self._jobs.put_back(entry)
             else:
                 self._retry_or_fail(entry, slot, why, kind)
 
-    def _replace(self, slot: Slot, why: str = "") -> None:
+    def _replace(self, slot: Slot, why: str = "", kind: FailureKind = "error") -> None:
         """End a worker and hire another; with a reason it counts as dead, without one it leaves its node."""
         if why:
+            emit("worker_lost", "warning", worker=slot.name, node=slot.host, kind=kind, why=why)
             self._report(f"{slot.name} is replaced: {why}")
         elif slot.up:
             self._report(f"{slot.name} moves away from {self._nodes.name(slot.node)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -134,21 +134,23 @@ class OptimizerConfig(_Section):
     step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
 
 
-class BaselineConfig(_Section):
-    """A baseline: its name, or `{name: options}`."""
+class _NamedWithOptions(_Section):
+    """An entry of a list of plug-ins: its name, or `{name: options}`."""
 
-    name: str = Field(description="a standard merge")
-    options: dict[str, Any] = Field(default_factory=dict, description="checked by the baseline")
+    noun: ClassVar[str]
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict, description="checked by the plug-in")
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
-        if isinstance(value, BaselineConfig) or (isinstance(value, dict) and "name" in value):
+        if isinstance(value, cls) or (isinstance(value, dict) and "name" in value):
             return value
         if not isinstance(value, dict) or len(value) != 1:
-            raise ValueError(f"expected the name of a baseline, or one {{name: options}}, found {value!r}")
+            raise ValueError(f"expected the name of a {cls.noun}, or one {{name: options}}, found {value!r}")
         ((name, options),) = value.items()
         if not isinstance(options, dict | None):
             raise ValueError(f"'{name}' needs a mapping of options, found {options!r}")
@@ -157,6 +159,20 @@ class BaselineConfig(_Section):
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         return {self.name: self.options} if self.options else self.name
+
+
+class BaselineConfig(_NamedWithOptions):
+    """A baseline: its name, or `{name: options}`."""
+
+    noun = "baseline"
+    name: str = Field(description="a standard merge")
+
+
+class TrackerConfig(_NamedWithOptions):
+    """A tracker: its name, or `{name: options}`."""
+
+    noun = "tracker"
+    name: str = Field(description="tensorboard, mlflow, wandb, or a plug-in")
 
 
 def _baselines(*names: str) -> tuple[BaselineConfig, ...]:
@@ -293,6 +309,9 @@ class Config(_Section):
     constraints: tuple[Annotated[Constraint, BeforeValidator(_as_constraint)], ...] = ()
     search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracking: tuple[TrackerConfig, ...] = Field(
+        (), description="where results are shown as well, by name or as {name: options}; never stops a run"
+    )
     results: str = Field(
         "results",
         description="folder of the runs; or a URL (s3://, gs://, hdfs://, file://, or what fsspec knows): runs then "

@@ -51,6 +51,7 @@ class Driver:
         stop: asked between records; when it says so, `KeyboardInterrupt` is raised.
         failed: is told every failure, with its traceback.
         spending: the limits beside the number of candidates, and what was used of them.
+        recorded: is told every ask and trial once it is in the history.
 
     Attributes:
         limit: the limit that ended the search, if it was not its number of candidates.
@@ -67,11 +68,12 @@ class Driver:
         stop: Callable[[], bool] = lambda: False,
         failed: Callable[[Outcome], None] = lambda _: None,
         spending: Spending | None = None,
+        recorded: Callable[[Ask | Trial], None] = lambda _: None,
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
         self._spool, self._make_pool = spool, pool
-        self._report, self._stop, self._failed = report, stop, failed
+        self._report, self._stop, self._failed, self._recorded = report, stop, failed, recorded
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
         self._open: dict[Key, None] = {}
@@ -136,7 +138,7 @@ class Driver:
                 if not self._open and not self.population.finished:
                     raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
                 return
-            self.history.append(ask_event(candidate))
+            self._record(ask_event(candidate))
             self._progress = replace(self._progress, total=self.total)
             self._first_with_recipe.setdefault(candidate.work, candidate.id)
             self._submit(candidate, "search")
@@ -220,7 +222,7 @@ class Driver:
             trial = self.trials[key]
         else:
             trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
-            self.history.append(trial)
+            self._record(trial)
             self._spending.told(trial)
             if outcome.failure:
                 self._failed(outcome)
@@ -234,6 +236,10 @@ class Driver:
                 self._note(trial)
             self._fill()
         self._count(done=self._progress.done + (not recorded))
+
+    def _record(self, event: Ask | Trial) -> None:
+        self.history.append(event)
+        self._recorded(event)
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
@@ -275,7 +281,14 @@ class Driver:
 
 def _copy(outcome: Outcome, key: Key) -> Outcome:
     """The result of a recipe for another candidate that has the same one."""
-    return replace(outcome, candidate=key[0], attempts=0, worker="", merge_seconds=0.0, evaluate_seconds=0.0)
+    return Outcome(
+        *key,
+        scores=outcome.scores,
+        metrics=outcome.metrics,
+        failure=outcome.failure,
+        weights_sha256=outcome.weights_sha256,
+        attempts=0,
+    )
 
 
 def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:

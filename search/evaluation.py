@@ -101,7 +101,7 @@ class Evaluation:
         started = time.perf_counter()
         merged = started
         try:
-            self._merger.merge_into(job.recipe, self._targets)
+            bytes_read = self._merger.merge_into(job.recipe, self._targets).bytes_read
             digest = self._hash(job) if job.hash_weights else None
             merged = time.perf_counter()
             scores = self._score(job)
@@ -133,6 +133,8 @@ class Evaluation:
             merge_seconds=merged - started,
             evaluate_seconds=time.perf_counter() - merged,
             worker=self.name,
+            node=platform.node(),
+            bytes_read=bytes_read,
         )
 
     def _hash(self, job: Job) -> str:
@@ -206,6 +208,7 @@ class Evaluation:
             merge_seconds=merged - started,
             evaluate_seconds=time.perf_counter() - merged,
             worker=outcome.worker,
+            node=platform.node(),
         )
 
 

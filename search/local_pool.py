@@ -7,6 +7,9 @@ worker: how it is found, and what becomes of what it raises.
 from __future__ import annotations
 
 import importlib
+import os
+import platform
+import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -71,6 +74,7 @@ class LocalPool:
     def __init__(self, plan: WorkerPlan, workers: int = 1, body: str = DEFAULT_BODY) -> None:
         self._size = workers
         self._queue: deque[Job] = deque()
+        self._submitted: dict[tuple[int, ItemPool], float] = {}
         self._running = False
         self._body: Body | None = make_body(body, plan)
 
@@ -98,6 +102,7 @@ class LocalPool:
         if any(queued.key == job.key for queued in self._queue):
             raise ValueError(f"job {job.key} was submitted twice")
         self._queue.append(job)
+        self._submitted[job.key] = time.time()
 
     def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
         """The outcome of the next job, run now and to its end; nothing if none is queued.
@@ -108,6 +113,7 @@ class LocalPool:
             return ()
         job = self._queue[0]
         self._running = True
+        started = time.time()
         try:
             outcome = run_body(self._body, job)
         finally:
@@ -115,7 +121,18 @@ class LocalPool:
         if not self._queue or self._queue[0] is not job:  # cancelled by something that the job called
             return ()
         self._queue.popleft()
-        return (replace(outcome, worker="local", attempts=1),)
+        waited = max(0.0, started - self._submitted.pop(job.key, started))
+        return (
+            replace(
+                outcome,
+                worker=f"local/{os.getpid()}",
+                attempts=1,
+                node=platform.node(),
+                started_at=started,
+                queue_seconds=waited,
+                bytes_moved=0,
+            ),
+        )
 
     def cancel(self, key: tuple[int, ItemPool]) -> None:
         """Forget a job."""

@@ -39,6 +39,8 @@ def checked(outcome: object, job: Job) -> Outcome:
     seconds = [_number(f"outcome.{name}", getattr(outcome, name)) for name in ("merge_seconds", "evaluate_seconds")]
     if not all(math.isfinite(value) and value >= 0 for value in seconds):
         raise ValueError(f"outcome.merge_seconds and evaluate_seconds are {seconds}, expected at least 0")
+    if type(outcome.bytes_read) is not int or not 0 <= outcome.bytes_read < 2**63:
+        raise ValueError(f"outcome.bytes_read is {outcome.bytes_read!r}, expected a number of bytes")
     if not isinstance(outcome.weights_sha256, str | None):
         raise TypeError(f"outcome.weights_sha256 is {type(outcome.weights_sha256).__name__}, expected text or None")
     untrusted: Mapping[Any, Any] = outcome.metrics

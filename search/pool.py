@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from evaluators.base import EvaluatorSpec, ItemPool, Scores
 from search.recipe import ModelRef, Recipe
 from search.soups.plan import LearnSoup
+
+if TYPE_CHECKING:
+    from search.progress import Progress
 
 FailureKind = Literal["error", "not_finite", "out_of_memory", "timeout", "crash"]
 
@@ -79,6 +82,11 @@ class Outcome:
         weights_sha256: hash of the merged tensors, where the job asked for it.
         worker: name of the worker, for people.
         attempts: how often the job was started, 1 unless workers died under it.
+        node: host name of the worker's machine.
+        started_at: Unix time in seconds at which the pool started the last attempt, by the driver's clock.
+        queue_seconds: from submission to that moment.
+        bytes_read: bytes of the models that the merge read.
+        bytes_moved: bytes of messages between driver and worker.
     """
 
     candidate: int
@@ -91,10 +99,23 @@ class Outcome:
     evaluate_seconds: float = 0.0
     worker: str = ""
     attempts: int = 1
+    node: str = ""
+    started_at: float = 0.0
+    queue_seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_moved: int = 0
 
     @property
     def key(self) -> tuple[int, ItemPool]:
         return self.candidate, self.items
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """A pool that shows the state of the run elsewhere, as that on Ray does in its metrics."""
+
+    def publish(self, progress: Progress) -> None:
+        """Show the state."""
 
 
 class Pool(Protocol):

@@ -16,6 +16,7 @@ from search.relocate import Places, relocated
 from search.setup import Setup, check
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
+from search.tracker import known_trackers
 from search.yaml_source import YamlSource
 
 
@@ -31,6 +32,7 @@ def load_setup(
     then = Path(manifest["config"]["results"])
     config = relocated(manifest, str(folder.config), Places(tuple(dict.fromkeys(known)), then, now, watcher.line))
     config["cluster"] = _changed_cluster(config["cluster"], changes or {})
+    config["tracking"] = known_trackers(config.get("tracking", []), watcher.line)
     source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.config))
     setup = check(parse_config(source, folder.path), report=watcher.line)
     for line in changed_device(manifest, setup):

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from search.finals import Verdict
 from search.model_card import markdown_table
 from search.setup import Setup
 from search.store.atomic import write_atomic
+from search.store.events import Trial
 from search.store.run_folder import RunFolder
+from search.utilisation import WorkerUse, together, worker_uses
 
 
-def write_report(folder: RunFolder, setup: Setup, verdict: Verdict, candidates: int, ended: str = "") -> None:
-    """Write `report.md` into the run folder of a search that evaluated so many candidates; `ended` says by what."""
+def write_report(
+    folder: RunFolder,
+    setup: Setup,
+    verdict: Verdict,
+    candidates: int,
+    ended: str = "",
+    trials: Iterable[Trial] = (),
+) -> None:
+    """Write `report.md` into the run folder of a search that evaluated so many candidates in these trials.
+
+    Args:
+        ended: sentence that says by what the search ended.
+    """
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     scaled = "each scaled to best parent 0, worst parent 1"
     unit = scaled if setup.config.objectives.normalize == "parents" else "as they are"
@@ -28,5 +43,26 @@ def write_report(folder: RunFolder, setup: Setup, verdict: Verdict, candidates: 
         "",
         markdown_table(verdict),
         "",
+        *_workers(worker_uses(trials)),
     ]
     write_atomic(folder.report, "\n".join(lines).encode())
+
+
+def _workers(uses: list[WorkerUse]) -> list[str]:
+    """What each worker did, as a table."""
+    if not uses:
+        return []
+    lines = [
+        "## Workers",
+        "",
+        "Busy: the share of the time from a worker's first trial to its last in which it merged or evaluated.",
+        "",
+        "| worker | node | trials | failed | busy | merge s | evaluate s | read GB | messages MB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for use in [*uses, together(uses)] if len(uses) > 1 else uses:
+        busy = "" if use.busy is None else f"{100 * use.busy:.0f} %"
+        seconds = f"{use.merge_seconds:.1f} | {use.evaluate_seconds:.1f}"
+        moved = f"{use.bytes_read / 1e9:.3f} | {use.bytes_moved / 1e6:.2f}"
+        lines.append(f"| {use.worker} | {use.node} | {use.trials} | {use.failures} | {busy} | {seconds} | {moved} |")
+    return [*lines, ""]

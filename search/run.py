@@ -21,7 +21,8 @@ from search.extension import extend, items_per_candidate
 from search.finals import Verdict, finish
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
-from search.pool import Outcome, Pool, WorkerPlan
+from search.observing import Observer
+from search.pool import Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.progress import Progress, Watcher
 from search.reopening import load_setup
@@ -37,6 +38,8 @@ from search.store.remote_run import create_remote
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.store.spool import Spool
+
+__all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]
 
 MakePool = Callable[[Setup, WorkerPlan, Path], Pool]
 """Makes the workers of a run: setup, plan for the workers, and a folder that the run owns."""
@@ -133,36 +136,31 @@ def _carry_on(
 ) -> Finished:
     search, cluster = setup.config.search, setup.config.cluster
     in_flight = int(read_manifest(folder)["window"])
+    seen = Observer(folder, setup, watcher)
     with (
         _full_disk_explained(folder),
         folder.lock(),
-        mirrored(folder.path, folder.remote, watcher.line),
+        mirrored(folder.path, folder.remote, seen.line),
         History.open(folder.history) as history,
-        stop_requests(watcher.line) as stop,
+        seen,
+        stop_requests(seen.line) as stop,
     ):
         if history.recovered:
-            watcher.line(history.recovered)
+            seen.line(history.recovered)
         sessions = Sessions(folder.sessions)
         events = history.events()
-        budget, extension = extend(setup, events, sessions, changes or {}, watcher.line)
+        budget, extension = extend(setup, events, sessions, changes or {}, seen.line)
         if extension is not None:
             history.append(extension)
             events.append(extension)
 
         def pool() -> Pool:
-            working = folder.path / "workers"
-            working.mkdir(exist_ok=True)
-            return make_pool(setup, setup.worker_plan(), working)
-
-        def failed(outcome: Outcome) -> None:
-            assert outcome.failure is not None
-            with folder.log.open("a", encoding="utf-8") as log:
-                log.write(f"candidate {outcome.candidate} on {outcome.items} items: {outcome.failure.message}\n")
-                log.write(outcome.failure.detail + "\n")
+            folder.workers.mkdir(exist_ok=True)
+            return seen.pool(make_pool(setup, setup.worker_plan(), folder.workers))
 
         def progress(state: Progress) -> None:
             sessions.tick()
-            watcher.progress(state)
+            seen.progress(state)
 
         ended = _ended(events)
         items = items_per_candidate(setup)
@@ -177,25 +175,28 @@ def _carry_on(
                 places=tuple(str(place.expanduser().resolve()) for place in places),
             )
         used = Used.of(events, sessions, items)
+        population = make_population(setup, in_flight)
         driver = Driver(
-            make_population(setup, in_flight),
+            population,
             history,
             Spool(folder.spool),
             pool,
             Limits(budget.candidates, in_flight, ordered=search.order == "ordered"),
             progress,
             stop=stop,
-            failed=failed,
+            failed=seen.failed,
             spending=Spending(budget, items, cluster.gpus_per_worker, used.gpu_hours, lambda: sessions.search_seconds),
+            recorded=seen.recorded,
         )
+        seen.know(driver.trials.values(), {candidate.id: candidate.origin for candidate in population.candidates})
         try:
             if ended is None:
                 with sessions.searching():
                     driver.search()
-                watcher.line(why_ended(len(driver.population.candidates), driver.limit, budget))
+                seen.line(why_ended(len(driver.population.candidates), driver.limit, budget))
                 earlier = sum(isinstance(event, End) for event in events)
                 ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
-            model = _hand_over(setup, folder, driver, ended, budget, watcher)
+            model = _hand_over(setup, folder, driver, ended, budget, seen.line)
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:
@@ -210,16 +211,17 @@ def _carry_on(
 
 
 def _hand_over(
-    setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, watcher: Watcher
+    setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, report: Callable[[str], None]
 ) -> Path:
     """Export the winner, unless that was done, and write the report; returns the folder of the model."""
     model = folder.best
     if not model.exists() or (verdict.earlier and not _is_exported(model, verdict)):
-        watcher.line("exporting the winner")
+        report("exporting the winner")
         winner = driver.population.candidates[verdict.winner]
         export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=verdict.earlier > 0)
     asked = len(driver.population.candidates)
-    write_report(folder, setup, verdict, asked, why_ended(asked, driver.limit, budget))
+    why = why_ended(asked, driver.limit, budget)
+    write_report(folder, setup, verdict, asked, why, driver.trials.values())
     return model
 
 

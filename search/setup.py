@@ -30,6 +30,7 @@ from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
 from search.store.remote import is_url
+from search.tracker import complete_options, tracker_faults
 from search.yaml_source import Location
 
 BASE = "base"
@@ -124,6 +125,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
+    faults.lines += tracker_faults(loaded)
     cluster = config.cluster
     if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
         key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
@@ -366,6 +368,7 @@ def _absolute(
         for name, evaluator in evaluators.items()
     }
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
+    data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     if not is_url(loaded.config.results):
         data["results"] = str(Path(loaded.config.results).expanduser().resolve())

@@ -44,6 +44,11 @@ def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -
         evaluate_seconds=outcome.evaluate_seconds,
         worker=outcome.worker,
         attempts=outcome.attempts,
+        node=outcome.node,
+        started_at=outcome.started_at,
+        queue_seconds=outcome.queue_seconds,
+        bytes_read=outcome.bytes_read,
+        bytes_moved=outcome.bytes_moved,
     )
 
 
@@ -61,6 +66,11 @@ def outcome_of(trial: Trial) -> Outcome:
         evaluate_seconds=trial.evaluate_seconds,
         worker=trial.worker,
         attempts=trial.attempts,
+        node=trial.node,
+        started_at=trial.started_at,
+        queue_seconds=trial.queue_seconds,
+        bytes_read=trial.bytes_read,
+        bytes_moved=trial.bytes_moved,
     )
 
 

@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> RunFolder:
     folder = RunFolder.create(tmp_path, "one", manifest)
     with History.open(folder.history):
         pass
-    write_nodes(folder.path, WORKERS)
+    write_nodes(folder.workers, WORKERS)
     return folder
 
 

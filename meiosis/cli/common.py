@@ -50,6 +50,14 @@ def note(line: str) -> None:
     click.echo(line, err=True)
 
 
+def say(line: str) -> None:
+    """`note`, for the log of the run as well."""
+    from search.run_log import emit
+
+    emit("message", text=line)
+    note(line)
+
+
 def check_new_file(path: Path | None) -> None:
     """Raise `UserError` if a file cannot be made there, before any work for it is done; None is standard output."""
     from evaluators.errors import UserError
@@ -92,7 +100,7 @@ def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
         trial_seconds=cluster.trial_seconds,
         gpus_per_worker=cluster.gpus_per_worker,
         working_folder=folder,
-        report=note,
+        report=say,
     )
 
 

@@ -9,22 +9,53 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import debug_option, find_run, json_option, out, print_json, results_option
+from meiosis.cli.watch import duration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.table import Table
+
     from search.status import RunStatus
     from search.store.nodes_file import WorkersState
+    from search.utilisation import WorkerUse
+
+MOST_ROWS = 20
+"""Workers that are shown one by one."""
 
 
-@click.command("status", epilog="Example: meiosis status first")
+@click.command("status", epilog="Example: meiosis status first --watch")
 @click.argument("run", required=False)
+@click.option(
+    "--watch", is_flag=True, help="Show RUN again and again until it is finished, or Ctrl-C; changes nothing."
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks of --watch.",
+)
 @results_option
 @json_option
 @debug_option
-def command(run: str | None, results: Path, as_json: bool) -> None:
+def command(run: str | None, watch: bool, every: float, results: Path, as_json: bool) -> None:
     """List the runs, or show progress, best, failures, workers and nodes of RUN."""
     from search.status import run_status, status_or_damage
     from search.store.run_folder import RunFolder
 
+    if watch:
+        from evaluators.errors import UserError
+        from meiosis.cli.watch_run import watch_run
+        from search.store.remote import is_url
+
+        if run is None:
+            names = ", ".join(folder.name for folder in RunFolder.list_runs(results))
+            raise UserError(f"--watch needs the name of a run; {results} has {names or 'none'}")
+        if is_url(run):
+            raise UserError(f"--watch needs a folder in which a driver works; look at {run} without --watch")
+        watch_run(RunFolder.find(results, run), every, as_json=as_json)
+        return
     if run is None:
         found = [status_or_damage(folder) for folder in RunFolder.list_runs(results)]
     else:
@@ -72,10 +103,15 @@ def _show(status: RunStatus) -> None:
         console.print(f"Best on the search items: {best}")
         for name, value in sorted(status.best_metrics.items()):
             console.print(f"  {name} {value:.4f}")
-    for message, count in status.failures.items():
-        console.print(f"Failed: {count} x {message}", soft_wrap=True)
+    for line in pace(status):
+        console.print(line, soft_wrap=True)
+    if status.use is not None:
+        console.print(workers_table(status.uses, status.use))
+    lines = [f"Failed: {count} x {message}" for message, count in status.failures.items()]
     if status.workers is not None and status.state != "finished":
-        _show_workers(status.workers, running=status.state == "running")
+        lines += nodes(status.workers, running=status.state == "running")
+    for line in (*lines, *status.warnings):
+        console.print(line, soft_wrap=True)
     if status.verdict:
         console.print(status.verdict, soft_wrap=True)
     if status.model:
@@ -84,17 +120,17 @@ def _show(status: RunStatus) -> None:
         console.print(f"Go on with: meiosis resume {status.path}", soft_wrap=True)
 
 
-def _show_workers(workers: WorkersState, *, running: bool) -> None:
-    console = out()
+def nodes(workers: WorkersState, *, running: bool) -> Iterator[str]:
+    """Workers and nodes of a run on Ray, a line each."""
     when = "" if running else f" when it stopped, {workers.written_at}"
-    console.print(f"Workers: {workers.up} of at most {workers.wanted} up{when}")
+    yield f"Workers: {workers.up} of at most {workers.wanted} up{when}"
     for node in workers.nodes:
         state = f"{node.state} until {node.until}" if node.until and node.state == "set aside" else node.state
         if node.until and node.state == "draining":
             state = f"{node.state}, goes at {node.until}"
         counts = f"{_count(len(node.workers), 'worker')}, {_count(node.deaths, 'death')}"
         why = f": {node.why}" if node.why else ""
-        console.print(f"  node {node.host} ({node.id}): {state}, {counts}{why}", soft_wrap=True)
+        yield f"  node {node.host} ({node.id}): {state}, {counts}{why}"
 
 
 def _count(number: int, what: str) -> str:
@@ -102,6 +138,47 @@ def _count(number: int, what: str) -> str:
 
 
 def _amount(name: str, value: float) -> str:
-    from search.budget import duration
+    from search.budget import duration as as_typed
 
-    return duration(round(value, 1)) if name == "wall_clock" else f"{value:,.4g}" if value % 1 else f"{value:,.0f}"
+    return as_typed(round(value, 1)) if name == "wall_clock" else f"{value:,.4g}" if value % 1 else f"{value:,.0f}"
+
+
+def pace(status: RunStatus) -> Iterator[str]:
+    """How a run at work gets on, a sentence each."""
+    if status.phase is not None and status.phase != "search":
+        yield f"Now: {status.phase} items, {status.phase_done} of {status.phase_total} candidates"
+    if status.trials_per_hour is not None:
+        left = "" if status.seconds_left is None else f", {duration(status.seconds_left)} left"
+        yield f"Rate: {status.trials_per_hour:.0f} candidates per hour{left}"
+    if status.workers_wanted is not None and status.workers_busy is not None:
+        yield f"Busy: {status.workers_busy} of {status.workers_wanted} workers"
+
+
+def workers_table(uses: Sequence[WorkerUse], use: WorkerUse, most: int = MOST_ROWS) -> Table:
+    """What workers did with their time: one by one, as far as there is room, and together."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("worker", "node"):
+        table.add_column(column, no_wrap=True)
+    for column in ("trials", "failed", "busy", "merge s", "evaluate s", "read GB", "messages MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    # Where there are too many, those that were heard of last: the others may be gone.
+    shown = list(uses) if len(uses) <= most else sorted(uses, key=lambda one: -one.last_end)[: max(0, most)]
+    for one in [*shown, use] if len(uses) > 1 else shown or [use]:
+        table.add_row(
+            one.worker,
+            one.node,
+            str(one.trials),
+            str(one.failures),
+            "" if one.busy is None else f"{100 * one.busy:.0f} %",
+            f"{one.merge_seconds:.1f}",
+            f"{one.evaluate_seconds:.1f}",
+            f"{one.bytes_read / 1e9:.3f}",
+            f"{one.bytes_moved / 1e6:.2f}",
+            style="bold" if one is use else None,
+            end_section=bool(shown) and one is shown[-1],
+        )
+    if len(shown) < len(uses):
+        table.caption = f"and {len(uses) - len(shown)} more workers"
+    return table

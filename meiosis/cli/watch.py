@@ -89,11 +89,12 @@ class Watch:
         finished = state.done - self._done_at_start
         if finished > 0 and state.done < state.total:
             left = (now - self._started) / finished * (state.total - state.done)
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         return ", ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A length of time for people: `1 h 5 min`, `2 min 3 s`, `4 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

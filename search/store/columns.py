@@ -23,11 +23,20 @@
 | merge_seconds, evaluate_seconds | float64 | time spent by the worker |
 | worker | string | who evaluated |
 | attempts | int64 | how often the evaluation was started |
+| node | string | host name of the machine that evaluated |
+| started_at | float64 | Unix time in seconds at which the last attempt was sent to a worker, by the driver's clock |
+| queue_seconds | float64 | from submission to that moment |
+| bytes_read | int64 | bytes of the models that the merge read |
+| bytes_moved | int64 | bytes of messages between driver and worker |
 | verdict | string | JSON of `end`, of `limit` (limit, used) and of `extended` (the budget from there on) |
 | crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, which hold this column |
 
 Columns that do not belong to a kind of event are null. There are no dictionary columns: they would
 need messages of their own, and a record would no longer stand for itself.
+
+Columns came to be over time. A history that was begun without those in `ADDED` is read as if they were null
+there, and goes on in a new segment that has them. A new column is added to both tables and to `ADDED`; it
+must be one that may be null.
 """
 
 from __future__ import annotations
@@ -52,6 +61,9 @@ if TYPE_CHECKING:
 
 VERSION = b"1"
 """Version of the columns, in the metadata of the schema."""
+
+ADDED = frozenset({"node", "started_at", "queue_seconds", "bytes_read", "bytes_moved"})
+"""Columns that older histories of this version lack."""
 
 _UNSET = 0xFFFFFFFF
 _CRC_BYTES = 8
@@ -90,6 +102,11 @@ def schema() -> pa.Schema:
         "evaluate_seconds": real,
         "worker": text,
         "attempts": number,
+        "node": text,
+        "started_at": real,
+        "queue_seconds": real,
+        "bytes_read": number,
+        "bytes_moved": number,
         "verdict": text,
         "crc32": pa.uint32(),
     }
@@ -103,6 +120,30 @@ def schema() -> pa.Schema:
 def is_current(found: pa.Schema) -> bool:
     """Whether the columns are those of `schema`. What Arrow calls the inside of a map may differ."""
     return bool(found.equals(schema()) and found.metadata == schema().metadata)
+
+
+def is_readable(found: pa.Schema) -> bool:
+    """Whether the columns are those of `schema`, but for some of `ADDED` that may be missing."""
+    import pyarrow as pa
+
+    try:
+        names = set(found.names)
+    except UnicodeDecodeError:  # of a damaged file
+        return False
+    expected = [field for field in schema() if field.name in names or field.name not in ADDED]
+    return bool(found.equals(pa.schema(expected)) and found.metadata == schema().metadata)
+
+
+def completed(table: pa.Table) -> pa.Table:
+    """A table of readable columns as one of `schema`: what it lacks is null."""
+    import pyarrow as pa
+
+    names = set(table.column_names)
+    columns = [
+        table.column(field.name).cast(field.type) if field.name in names else pa.nulls(table.num_rows, field.type)
+        for field in schema()
+    ]
+    return pa.Table.from_arrays(columns, schema=schema())
 
 
 def encode(event: Event, seq: int, side: SideFiles) -> bytes:
@@ -153,6 +194,11 @@ def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
                 "evaluate_seconds": event.evaluate_seconds,
                 "worker": _printable(event.worker),
                 "attempts": event.attempts,
+                "node": _printable(event.node),
+                "started_at": event.started_at,
+                "queue_seconds": event.queue_seconds,
+                "bytes_read": event.bytes_read,
+                "bytes_moved": event.bytes_moved,
             }
             if side.takes(scores):
                 row["scores_file"], row["scores_sha256"] = side.put_scores(seq, scores)
@@ -167,18 +213,21 @@ def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
     return {**row, "seq": seq, "crc32": _UNSET}
 
 
-def decode(table: pa.Table, side: SideFiles) -> list[Event]:
-    """The events of a table of `schema`, with scores and item ids from `side`.
+def decode(table: pa.Table, side: SideFiles | None) -> list[Event]:
+    """The events of a table of `schema`, with scores and item ids from `side`; None leaves the scores out.
 
     Raises:
         HistoryError: a side file is missing or damaged.
     """
+    if side is None:
+        rows = table.drop_columns(["scores", "item_ids", "genome"]).to_pylist()
+        return [_event({**row, "item_ids": (), "genome": None, "scores_file": None}, [], None) for row in rows]
     rows = table.drop_columns(["scores"]).to_pylist()
     inline = score_rows(table.column("scores"))
     return [_event(row, scores, side) for row, scores in zip(rows, inline, strict=True)]
 
 
-def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles) -> Event:
+def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles | None) -> Event:
     if row["kind"] == "ask":
         genome = row["genome"]
         return Ask(
@@ -194,15 +243,18 @@ def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles) -> Event:
         return LimitReached(**json.loads(row["verdict"]))
     if row["kind"] == "extended":
         return Extended(row["verdict"])
-    if row["scores_file"] is not None:
-        scores = side.get_scores(row["scores_file"], row["scores_sha256"])
+    ids: dict[str, tuple[str, ...]] = {}
+    if side is not None:
+        ids = {name: side.get_items(key) for name, key in row["item_ids"]}
+        if row["scores_file"] is not None:
+            scores = side.get_scores(row["scores_file"], row["scores_sha256"])
     return Trial(
         candidate=row["candidate"],
         items=row["items"],
         metrics=dict(row["metrics"]),
         loss=row["loss"],
         feasible=row["feasible"],
-        scores=_scores({name: side.get_items(key) for name, key in row["item_ids"]}, scores),
+        scores=_scores(ids, scores),
         failure_kind=row["failure_kind"],
         failure_message=row["failure_message"],
         weights_sha256=row["weights_sha256"],
@@ -211,6 +263,11 @@ def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles) -> Event:
         evaluate_seconds=row["evaluate_seconds"],
         worker=row["worker"],
         attempts=row["attempts"],
+        node=row["node"] or "",
+        started_at=row["started_at"] or 0.0,
+        queue_seconds=row["queue_seconds"] or 0.0,
+        bytes_read=row["bytes_read"] or 0,
+        bytes_moved=row["bytes_moved"] or 0,
     )
 
 

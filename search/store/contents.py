@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.errors import HistoryError
+from search.store.columns import schema
 from search.store.lock import LOCK
 from search.store.parts import Part, load_manifest, part_path, read_part
 from search.store.segment import Scan, read_bounded, scan
@@ -45,18 +47,24 @@ def live_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.arrows"
 
 
-def read_contents(folder: Path) -> Contents:
-    """What is in a folder in which a writer may be at work. Raises HistoryError."""
+def read_contents(folder: Path, known: Container[str] = ()) -> Contents:
+    """What is in a folder in which a writer may be at work; `known` as in `read_once`. Raises HistoryError."""
     for _ in range(READ_TRIES - 1):
         try:
-            return read_once(folder)
+            return read_once(folder, known)
         except HistoryError:
             time.sleep(0.02)
-    return read_once(folder)
+    return read_once(folder, known)
 
 
-def read_once(folder: Path) -> Contents:
-    """What is in a folder, verified. Raises HistoryError."""
+def read_once(folder: Path, known: Container[str] = ()) -> Contents:
+    """What is in a folder, verified. Raises HistoryError.
+
+    Args:
+        known: hashes of parts that are not read again; an empty table stands for each.
+    """
+    import pyarrow as pa
+
     if not folder.is_dir():
         raise HistoryError(f"{folder}: there is no history")
     parts = load_manifest(folder)
@@ -78,7 +86,8 @@ def read_once(folder: Path) -> Contents:
             ) from None
     except OSError as error:
         raise HistoryError(f"{path} cannot be read: {error.strerror}") from error
-    tables = [read_part(folder, part) for part in parts]
+    nothing = pa.Table.from_batches([], schema())  # `empty_table` would import pandas
+    tables = [nothing if part.sha256 in known else read_part(folder, part) for part in parts]
     return Contents(parts, tables, data, live)
 
 

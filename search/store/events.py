@@ -82,6 +82,11 @@ class Trial(Recorded):
         recorded_at: Unix time in seconds.
         worker: name of the worker, for people.
         attempts: how often the job was started.
+        node: host name of the machine that evaluated.
+        started_at: Unix time in seconds at which the last attempt was sent to a worker, by the driver's clock.
+        queue_seconds: from submission to that moment.
+        bytes_read: bytes of the models that the merge read.
+        bytes_moved: bytes of messages between driver and worker.
     """
 
     candidate: int
@@ -98,6 +103,11 @@ class Trial(Recorded):
     evaluate_seconds: float = 0.0
     worker: str = ""
     attempts: int = 1
+    node: str = ""
+    started_at: float = 0.0
+    queue_seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_moved: int = 0
 
     def deterministic(self) -> Content:
         return (
@@ -113,8 +123,15 @@ class Trial(Recorded):
         )
 
     def circumstances(self) -> Content:
-        seconds = (self.recorded_at, self.merge_seconds, self.evaluate_seconds)
-        return (*map(bits, seconds), self.worker, self.attempts, self.failure_message)
+        seconds = (
+            self.recorded_at,
+            self.merge_seconds,
+            self.evaluate_seconds,
+            self.started_at,
+            self.queue_seconds,
+        )
+        moved = (self.bytes_read, self.bytes_moved)
+        return (*map(bits, seconds), self.worker, self.node, self.attempts, self.failure_message, *moved)
 
 
 @dataclass(frozen=True, eq=False)

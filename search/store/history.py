@@ -109,9 +109,9 @@ class History:
         self._parts = contents.parts
         index = len(self._parts)
         path = live_path(self.folder, index)
-        whole_bytes, rows = 0, 0
+        whole_bytes, rows, appendable = 0, 0, True
         if (live := contents.live) is not None:
-            whole_bytes, rows = live.whole_bytes, live.table.num_rows
+            whole_bytes, rows, appendable = live.whole_bytes, live.table.num_rows, live.appendable
             if live.torn_bytes:
                 kept = segment.cut_tail(path, contents.live_data, live)
                 self.recovered = (
@@ -120,11 +120,13 @@ class History:
                 )
             elif not whole_bytes:
                 self.recovered = f"{path} was empty; {contents.rows} events are whole"
-        if not whole_bytes:
+        if not whole_bytes or not (rows or appendable):
             segment.create(path)
-            whole_bytes = path.stat().st_size
+            whole_bytes, appendable = path.stat().st_size, True
         self._live = Segment(path, whole_bytes, rows)
         self._finish_sealing(index)
+        if not appendable:  # begun by an older Meiosis, whose records had fewer columns
+            self.seal()
 
     def _finish_sealing(self, index: int) -> None:
         """What counts is the live segment until the manifest lists its part, and then the part."""

@@ -1,4 +1,4 @@
-"""What the pool of a run says about its nodes, for `meiosis status`: a small JSON file in the run folder."""
+"""What the pool of a run says about its nodes, for `meiosis status`: a small JSON file in the folder of the pool."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from search.store.atomic import make_folder, write_atomic
 
-NODES = Path("workers", "nodes.json")
-"""Place in the run folder. Nothing is read from it but for people: the run does not depend on it."""
+NODES = "nodes.json"
+"""Name in the folder of the pool, see `RunFolder.workers`. Nothing is read from it but for people: the run
+does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class WorkersState:
     nodes: tuple[NodeState, ...]
 
 
-def write_nodes(run: Path, state: WorkersState) -> None:
-    """Replace the file of the run in the folder `run`. Raises OSError."""
-    path = run / NODES
+def write_nodes(folder: Path, state: WorkersState) -> None:
+    """Replace the file in the folder of the pool. Raises OSError."""
+    path = folder / NODES
     make_folder(path.parent)
     write_atomic(path, (json.dumps(asdict(state), indent=1) + "\n").encode())
 
 
-def read_nodes(run: Path) -> WorkersState | None:
+def read_nodes(folder: Path) -> WorkersState | None:
     """What the file says; None where it is not there, or damaged: the run does not need it."""
     try:
-        data = json.loads((run / NODES).read_text(encoding="utf-8"))
+        data = json.loads((folder / NODES).read_text(encoding="utf-8"))
         nodes = tuple(NodeState(**{**node, "workers": tuple(node["workers"])}) for node in data.pop("nodes"))
         return WorkersState(**data, nodes=nodes)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

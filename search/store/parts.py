@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.errors import HistoryError
 from search.store.atomic import write_atomic
-from search.store.columns import is_current, schema
+from search.store.columns import completed, is_readable
 from search.store.side_files import from_parquet, to_parquet
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_part(folder: Path, part: Part) -> pa.Table:
         table = from_parquet(data)
     except (pa.ArrowException, OSError) as error:
         raise HistoryError(f"{path} cannot be read as Parquet: {error}; {way_out}") from error
-    if not is_current(table.schema):
+    if not is_readable(table.schema):
         raise HistoryError(
             f"{path} has other columns than this version of Meiosis writes; use the Meiosis that wrote it"
         )
@@ -106,4 +106,4 @@ def read_part(folder: Path, part: Part) -> pa.Table:
         raise HistoryError(
             f"{path} does not hold events {part.first_seq} to {part.last_seq}, as {MANIFEST} says; {way_out}"
         )
-    return table.cast(schema())
+    return completed(table)

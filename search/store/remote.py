@@ -219,7 +219,8 @@ class Mirror:
         spool = {self._name(path) for path in _files(self.folder / "spool")}
         self._send_file("run.yaml")
         self._push_history()
-        for name in ("sessions.json", "run.log", "report.md", *sorted(spool)):
+        trackers = sorted(self._name(path) for path in self.folder.glob("tracking/*/id"))
+        for name in ("sessions.json", "run.log", "log.jsonl", "report.md", *trackers, *sorted(spool)):
             self._send_file(name)
         for name in [name for name in self._sent if name.startswith("spool/") and name not in spool]:
             self._remove(name)

@@ -91,9 +91,19 @@ class RunFolder:
         return self.remote or str(self.path)
 
     @property
+    def workers(self) -> Path:
+        """Folder for what the pool of workers writes."""
+        return self.path / "workers"
+
+    @property
     def log(self) -> Path:
         """What the driver had to say, for people."""
         return self.path / "run.log"
+
+    @property
+    def events_log(self) -> Path:
+        """What happened, for programs; see `search.run_log`."""
+        return self.path / "log.jsonl"
 
     @classmethod
     def create(cls, root: Path, name: str | None, manifest: Mapping[str, Any]) -> RunFolder:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from search.errors import HistoryError
 from search.store.atomic import make_folder, write_all, write_atomic
-from search.store.columns import is_current, is_whole, schema
+from search.store.columns import completed, is_current, is_readable, is_whole, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,11 +38,13 @@ class Scan:
         table: the events, one row each.
         whole_bytes: length of the schema message and all whole records.
         torn_bytes: length of what follows: an append that never finished.
+        appendable: whether the segment has all columns of `schema`; nothing may be appended to one that lacks some.
     """
 
     table: pa.Table
     whole_bytes: int
     torn_bytes: int
+    appendable: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def scan(path: Path, data: bytes, first_seq: int) -> Scan:
     """
     import pyarrow as pa
 
-    at = _header_end(path, data)
+    columns, at = _header(path, data)
     batches: list[pa.RecordBatch] = []
     seq = first_seq
     if at:
         while (record := _record(data, at)) is not None:
-            batch = _batch(record)
+            batch = _batch(record, columns)
+            if batch is None:
+                break  # a stale block of a file with other columns
             found = _seq(batch)
             if found < seq:
                 break  # a stale block of an older file: the disk has not written what was to be here
@@ -95,32 +99,33 @@ def scan(path: Path, data: bytes, first_seq: int) -> Scan:
                 )
             batches.append(batch)
             at, seq = record.end, seq + 1
-    if at < len(data) and (later := _later_record(data, at, seq)) is not None:
+    if at < len(data) and (later := _later_record(data, at, seq, columns)) is not None:
         raise HistoryError(
             f"{path} is damaged at byte {at}, before a whole record at byte {later}; restore the file from a "
             f"backup, or give up event {seq} and all that follow: truncate --size={at} {path}"
         )
-    return Scan(pa.Table.from_batches(batches, schema()), at, len(data) - at)
+    table = pa.Table.from_batches(batches, columns)
+    return Scan(completed(table), at, len(data) - at, appendable=is_current(columns))
 
 
-def _header_end(path: Path, data: bytes) -> int:
-    """Length of the schema message; 0 when it is torn."""
+def _header(path: Path, data: bytes) -> tuple[pa.Schema, int]:
+    """The columns, and the length of the schema message; 0 when it is torn."""
     import pyarrow as pa
 
     expected = header()
     if data.startswith(expected):
-        return len(expected)
+        return schema(), len(expected)
     message = _message(data, 0)
     if message is None or message.content.type != "schema":
-        return 0
+        return schema(), 0
     try:
         found = pa.ipc.read_schema(message.content)
     except (pa.ArrowException, OSError, UnicodeDecodeError):
-        return 0
-    if is_current(found):
-        return message.end
-    if _later_record(data, message.end, None) is None:
-        return 0
+        return schema(), 0
+    if is_readable(found):
+        return found, message.end
+    if _later_record(data, message.end, None, found) is None:
+        return schema(), 0
     raise HistoryError(
         f"{path} has other columns than this version of Meiosis writes, or its start is damaged; "
         "resume the run with the version that began it, or restore the file from a backup"
@@ -158,21 +163,27 @@ def _record(data: bytes, at: int) -> _Message | None:
     return message if is_whole(memoryview(data)[at : message.end]) else None
 
 
-def _later_record(data: bytes, start: int, least_seq: int | None) -> int | None:
+def _later_record(data: bytes, start: int, least_seq: int | None, columns: pa.Schema) -> int | None:
     """Where a whole record of event `least_seq` or later (None: of any columns) begins after `start`."""
     at = data.find(_MARK, start)
     while at >= 0:
         record = _record(data, at)
-        if record is not None and (least_seq is None or _seq(_batch(record)) >= least_seq):
-            return at
+        if record is not None:
+            batch = None if least_seq is None else _batch(record, columns)
+            if least_seq is None or (batch is not None and _seq(batch) >= least_seq):
+                return at
         at = data.find(_MARK, at + 1)
     return None
 
 
-def _batch(record: _Message) -> pa.RecordBatch:
+def _batch(record: _Message, columns: pa.Schema) -> pa.RecordBatch | None:
+    """The event in a record, None where the record has other columns."""
     import pyarrow as pa
 
-    return pa.ipc.read_record_batch(record.content, schema())
+    try:
+        return pa.ipc.read_record_batch(record.content, columns)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def _seq(batch: pa.RecordBatch) -> int:

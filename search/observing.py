@@ -1,0 +1,130 @@
+"""Who sees what a run does, beside its history: the person at the terminal, the log, trackers, metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from search.errors import InterruptedRun
+from search.pool import Outcome, Pool, Publisher
+from search.progress import Progress, Watcher
+from search.run_log import emit, log_to
+from search.setup import Setup
+from search.store.events import Ask, Trial
+from search.store.run_folder import RunFolder
+from search.tracking import Tracking
+
+PROGRESS_SECONDS = 5.0
+"""The log tells the state of the run at most this often."""
+
+
+@dataclass
+class Observer:
+    """Passes on what happens while a driver is at work. A context manager: how it ends is told as well.
+
+    What fails in here is said to `watcher`, once, and never ends the run.
+
+    Args:
+        folder: the run, locked.
+        watcher: who is at the terminal.
+    """
+
+    folder: RunFolder
+    setup: Setup
+    watcher: Watcher
+    _publish: Publisher | None = None
+    _logged: tuple[float, str] = (0.0, "")
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> Observer:
+        config = self.setup.config
+        self._stack.enter_context(log_to(self.folder.events_log, self.watcher.line))
+        started = {"pid": os.getpid(), "host": platform.node(), "workers": config.cluster.workers}
+        emit("started", run=self.folder.name, name=config.name, pool=config.cluster.pool, **started)
+        self._tracking = Tracking(
+            config.tracking,
+            name=self.folder.name,
+            folder=self.folder.path / "tracking",
+            config=config.model_dump(mode="json") if config.tracking else {},
+            complain=self.watcher.line,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        how: Literal["finished", "interrupted", "failed"] = "finished"
+        if error is not None:
+            how = "interrupted" if isinstance(error, InterruptedRun | KeyboardInterrupt) else "failed"
+        level: Literal["info", "error"] = "error" if how == "failed" else "info"
+        why = {} if error is None else {"why": f"{type(error).__name__}: {error}"}
+        self._tracking.close(how)
+        emit("ended", level, how=how, **why)
+        self._stack.close()
+
+    def line(self, text: str) -> None:
+        """A sentence for the person at the terminal."""
+        emit("message", text=text)
+        self.watcher.line(text)
+
+    def pool(self, pool: Pool) -> Pool:
+        """The pool, which is shown the state from now on if it wants to."""
+        self._publish = pool if isinstance(pool, Publisher) else None
+        return pool
+
+    def know(self, trials: Iterable[Trial], origins: Mapping[int, str]) -> None:
+        """What the history held before."""
+        self._tracking.know(trials, origins)
+
+    def progress(self, state: Progress) -> None:
+        """The state after a change."""
+        self.watcher.progress(state)
+        if self._publish is not None:
+            self._publish.publish(state)
+        now = time.monotonic()
+        if now - self._logged[0] >= PROGRESS_SECONDS or self._logged[1] != state.phase:
+            self._logged = now, state.phase
+            counts = {"done": state.done, "total": state.total, "busy": state.busy, "workers": state.workers}
+            emit("progress", phase=state.phase, **counts)
+
+    def recorded(self, event: Ask | Trial) -> None:
+        """An ask or a trial that is in the history now."""
+        if isinstance(event, Ask):
+            emit("asked", candidate=event.candidate, origin=event.origin)
+        else:
+            emit("trial", "warning" if event.failure_kind else "info", **_fields(event))
+        self._tracking.recorded(event)
+
+    def failed(self, outcome: Outcome) -> None:
+        """A failure, with its traceback."""
+        assert outcome.failure is not None
+        detail = outcome.failure.detail
+        emit("failure", "warning", candidate=outcome.candidate, items=outcome.items, detail=detail)
+        what = f"candidate {outcome.candidate} on {outcome.items} items: {outcome.failure.message}"
+        with contextlib.suppress(OSError), self.folder.log.open("a", encoding="utf-8", errors="replace") as log:
+            log.write(f"{what}\n{detail}\n")
+
+
+def _fields(trial: Trial) -> dict[str, Any]:
+    """What the log tells of a trial."""
+    fields: dict[str, Any] = {
+        "candidate": trial.candidate,
+        "items": trial.items,
+        "worker": trial.worker,
+        "node": trial.node,
+        "loss": trial.loss,
+        "feasible": trial.feasible,
+        "merge_seconds": trial.merge_seconds,
+        "evaluate_seconds": trial.evaluate_seconds,
+        "queue_seconds": trial.queue_seconds,
+        "started_at": trial.started_at,
+        "bytes_read": trial.bytes_read,
+        "bytes_moved": trial.bytes_moved,
+        "attempts": trial.attempts,
+    }
+    if trial.failure_kind:
+        fields |= {"kind": trial.failure_kind, "why": trial.failure_message}
+    return fields

@@ -1,0 +1,1 @@
+"""Trackers by name; see `search.tracker`."""
