@@ -9,10 +9,12 @@ import pickle
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster import handshake
 from cluster.local_ray import Session
+from cluster.sending import Sender, ShardMode
 from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
 from search.errors import WorkerError
@@ -78,13 +80,24 @@ class Crew:
         session: Ray, connected.
         gpus: GPUs per worker.
         wanted: how many workers there shall be.
+        shards: how workers get at models and data, see `Sender`.
+        notes: file that is told what was copied.
 
     Raises:
         CheckpointError: a model of the plan is not what it was when the plan was made.
         WorkerError: no node of the cluster can hold a worker.
     """
 
-    def __init__(self, session: Session, plan: WorkerPlan, body: str, gpus: float, wanted: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        plan: WorkerPlan,
+        body: str,
+        gpus: float,
+        wanted: int,
+        shards: ShardMode = "auto",
+        notes: Path | None = None,
+    ) -> None:
         import ray
 
         # On a cluster a worker reserves its threads; on this machine the number that the user gave counts.
@@ -98,7 +111,8 @@ class Crew:
         self.identity = handshake.identity()
         self.evaluators = handshake.evaluator_sources(plan.evaluators)
         self._setup = pickle.dumps((body, plan))
-        self._shards = pickle.dumps(shard_refs(plan.models, plan.base))
+        refs = shard_refs(plan.models, plan.base)
+        self.sender = Sender(plan, refs, shards, own=session.own, identity=self.identity, notes=notes)
         self._surroundings = vars(
             Surroundings(
                 packages=handshake.locations(),
@@ -117,7 +131,7 @@ class Crew:
         """A new worker, on its way; its first call returns a `Greeting`."""
         actor = self._class.remote()
         deadline = now + START_SECONDS if self._session.own else FOREVER  # on a cluster it may wait for room
-        call = actor.hello.remote(self._surroundings, self._shards)
+        call = actor.hello.remote(self._surroundings, self.sender.offer, self.sender.handle)
         return Slot(f"worker-{next(self._numbers)}", actor, call, deadline)
 
     def build(self, slot: Slot, now: float) -> None:

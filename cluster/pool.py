@@ -32,11 +32,13 @@ from cluster.crew import (
     several_nodes,
 )
 from cluster.local_ray import open_session
+from cluster.sending import ShardMode
 from cluster.worker import Built, Greeting, StartError
 from evaluators.base import ItemPool
 from search.errors import UserError, WorkerError
 from search.local_pool import DEFAULT_BODY, checked, failed, one_line
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.store.copied import COPIED
 
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
@@ -80,6 +82,7 @@ class RayPool:
         trial_seconds: time limit of one attempt at a job; None: none. What operators prepare once per node
             falls into the first attempts that use them.
         gpus_per_worker: GPUs that each worker gets, may be a fraction.
+        shards: how workers get at models and data: `auto`, `shared` or `copy`, see `cluster.sending.Sender`.
         body: class of the worker's body as `module:Class`.
         report: called with one line when something about the workers is worth telling.
 
@@ -97,6 +100,7 @@ class RayPool:
         address: str | None = None,
         trial_seconds: float | None = None,
         gpus_per_worker: float = 0.0,
+        shards: ShardMode = "auto",
         body: str = DEFAULT_BODY,
         report: Callable[[str], None] | None = None,
     ) -> None:
@@ -122,7 +126,7 @@ class RayPool:
             log=working_folder / "ray.log",
         )
         try:
-            self._crew = Crew(self._session, plan, body, gpus_per_worker, workers)
+            self._crew = Crew(self._session, plan, body, gpus_per_worker, workers, shards, working_folder / COPIED)
             if address is not None:
                 self._report("usage statistics stay as the head of the cluster has them")
             if self._crew.room < workers:
@@ -205,6 +209,8 @@ class RayPool:
         for slot in self._slots:
             slot.kill()
         self._slots, self._queue, self._suspects = [], [], []
+        if hasattr(self, "_crew"):
+            self._tell(self._crew.sender.close())
         self._session.close()
 
     def __enter__(self) -> RayPool:
@@ -217,6 +223,10 @@ class RayPool:
         working = [slot.entry for slot in self._slots if slot.entry is not None]
         entries = [*self._queue, *(suspect.entry for suspect in self._suspects), *working]
         return [entry for entry in entries if not entry.cancelled]
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._report(line)
 
     def _up(self) -> int:
         return sum(slot.phase in ("idle", "checking", "working") for slot in self._slots)
@@ -237,6 +247,7 @@ class RayPool:
         """Hand out jobs, wait up to `seconds` for workers, deal with what came and with what did not."""
         import ray
 
+        self._tell(self._crew.sender.news())
         self._dispatch()
         calls = {slot.call: slot for slot in self._slots if slot.call is not None}
         if calls:

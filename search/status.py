@@ -10,6 +10,7 @@ from datetime import datetime
 from search.errors import MeiosisError
 from search.finals import Verdict
 from search.manifest import read_manifest
+from search.store.copied import COPIED, read_copied
 from search.store.events import Ask, End, Trial
 from search.store.run_folder import RunFolder
 
@@ -26,6 +27,7 @@ class RunStatus:
         last_result: local time of the last trial.
         verdict: the sentence of a finished run.
         model: exported model, where there is one.
+        copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RunStatus:
     last_result: str | None = None
     verdict: str | None = None
     model: str | None = None
+    copied_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -49,6 +52,13 @@ def status_or_damage(folder: RunFolder) -> RunStatus:
         return run_status(folder)
     except MeiosisError as error:
         return RunStatus(folder.name, str(folder.path), f"damaged: {error}", 0, 0)
+
+
+def _copied(folder: RunFolder) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for copied in read_copied(folder.path / "workers" / COPIED):
+        found[f"{copied.node} ({copied.node_id[:8]})"] += copied.nbytes
+    return dict(found)
 
 
 def run_status(folder: RunFolder) -> RunStatus:
@@ -84,4 +94,5 @@ def run_status(folder: RunFolder) -> RunStatus:
         last_result=datetime.fromtimestamp(last).isoformat(" ", "seconds") if last else None,
         verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
         model=str(folder.best) if folder.best.exists() else None,
+        copied_bytes=_copied(folder),
     )

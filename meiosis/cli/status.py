@@ -69,6 +69,8 @@ def _show(status: RunStatus) -> None:
             console.print(f"  {name} {value:.4f}")
     for message, count in status.failures.items():
         console.print(f"Failed: {count} x {message}", soft_wrap=True)
+    for node, nbytes in status.copied_bytes.items():
+        console.print(f"Copied to node {node}: {nbytes / 2**20:,.1f} MiB of models and data", soft_wrap=True)
     if status.verdict:
         console.print(status.verdict, soft_wrap=True)
     if status.model:
