@@ -25,7 +25,7 @@ def cluster_nodes(
 
     if session.own:
         cpus = 0
-    probe = ray.remote(make_probe()).options(num_cpus=0, max_retries=0)
+    probe = ray.remote(num_cpus=0, max_retries=0)(make_probe())
     asked = {
         node["NodeID"]: probe.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
