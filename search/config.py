@@ -264,6 +264,8 @@ class ClusterConfig(_Section):
     def _local_has_no_cluster(self) -> Self:
         if self.pool == "local" and (self.address is not None or self.gpus_per_worker):
             raise ValueError("pool: local knows no address and no gpus_per_worker; use pool: ray, or leave them out")
+        if self.pool == "local" and self.shards == "copy":
+            raise ValueError("pool: local copies nothing; use pool: ray, or leave shards out")
         return self
 
 
