@@ -30,6 +30,8 @@ PIECES_AHEAD = 3
 """Pieces that are under way to a node: with the size of one, the memory that copying takes on either side."""
 PIECE_SECONDS = 120.0
 """Time for one piece; so long a silence means that the driver's node is gone."""
+REPORT_SECONDS = 5.0
+"""Time between two lines about one node."""
 TRIES = 3
 """How often a transfer that broke off is taken up again."""
 
@@ -177,7 +179,8 @@ class _Report:
     """Says how much of all files of a node is there."""
 
     def __init__(self, channel: Channel, node_id: str, what: str, total: int, parcels: int) -> None:
-        self._channel, self._started, self._tenths, self._total = channel, time.monotonic(), 0, total
+        self._channel, self._total = channel, total
+        self._started = self._told = time.monotonic()
         self._facts = {"node": this_node().removeprefix("node "), "node_id": node_id, "total": total}
         self.moved = self.done = 0
         more = f" and {parcels - 1} more" if parcels > 1 else ""
@@ -186,10 +189,11 @@ class _Report:
     def advance(self, nbytes: int, *, moved: bool) -> None:
         self.done += nbytes
         self.moved += nbytes if moved else 0
-        tenths = min(10, 10 * self.done // max(1, self._total))
-        if self._tenths < tenths < 10:
-            self._tenths = tenths
-            self._channel.tell({**self._facts, "state": "going on", "percent": 10 * tenths})
+        percent = min(100, 100 * self.done // max(1, self._total))
+        now = time.monotonic()
+        if percent < 100 and now - self._told >= REPORT_SECONDS:
+            self._told = now
+            self._channel.tell({**self._facts, "state": "going on", "percent": percent})
 
     def ended(self, folder: Path) -> None:
         seconds = time.monotonic() - self._started

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import meiosis
+from command_line import meiosis, short, write_config
+from family import config_of
 from safetensors.numpy import save_file
 
 from cluster import copies as copies_module
@@ -216,9 +217,7 @@ def test_what_the_driver_sends_must_be_what_it_had_at_the_start(tmp_path: Path) 
     offer = offer_of(plan(tmp_path))
     shutil.rmtree(tmp_path / "models" / "code")
     model(tmp_path / "models" / "code", value=5)
-    with pytest.raises(
-        WorkerError, match=r"model .code. is .* cannot be copied: .* was changed since"
-    ):
+    with pytest.raises(WorkerError, match=r"model .code. is .* cannot be copied: .* was changed since"):
         locate(offer, Near(offer))
 
 
@@ -375,3 +374,31 @@ def test_what_was_copied_is_noted_and_read_back(tmp_path: Path) -> None:
     with file.open("a") as lines:
         lines.write('{"node": "torn')
     assert read_copied(file) == [one]
+
+
+def test_status_says_how_much_was_copied_to_which_node(family: Path, tmp_path: Path) -> None:
+    config = write_config(short(config_of(family, tmp_path / "runs")), tmp_path)
+    assert meiosis("search", config, "--run", "first").status == 0
+    file = tmp_path / "runs" / "first" / "workers" / "copied.jsonl"
+    for node_id in ("abcdef0123456", "abcdef0123456", "fedcba9876543"):
+        note_copied(file, Copied("gpu7", node_id, 3 << 20, 1.5, "/cache"))
+    status = meiosis("status", "first", "--results", tmp_path / "runs")
+    assert "Copied to node gpu7 (abcdef01): 6.0 MiB of models and data" in status.out
+    assert "Copied to node gpu7 (fedcba98): 3.0 MiB of models and data" in status.out
+
+
+def test_an_adapter_travels_with_its_config(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "lora"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    (folder / "config.json").write_text("{}")
+    save_file({"a.lora_A.weight": np.ones((2, 4), np.float32)}, folder / "adapter_model.safetensors")
+    given = plan(tmp_path)
+    given = replace(given, models={**given.models, "lora": ModelRef(path=str(folder))})
+    offer = offer_of(given)
+    found = locate(offer, Near(offer)).checkpoints["lora"]
+    assert found.kind == "adapter"
+    assert content(found.folder) == content(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 8}')
+    parcel = next(parcel for parcel in offer.parcels if parcel.what == "model 'lora'")
+    assert difference(parcel, folder) is not None

@@ -161,7 +161,7 @@ class Receiver:
         import pickle, resource, time
         import cluster.receiving as receiving
         from cluster.receiving import ActorChannel, locate
-        receiving.PIECE_BYTES = 1 << 20
+        receiving.PIECE_BYTES, receiving.REPORT_SECONDS = 1 << 20, 0.0
         class Slow(ActorChannel):
             def take(self, asked):
                 time.sleep(0.05)
@@ -190,19 +190,19 @@ if __name__ == "__main__":
     sender = Sender(plan, shard_refs(plan.models), "auto", own=False, identity=identity(), notes=notes / "copied.jsonl")
     said = []
 
-    def until(text):
+    def until(percent):
         limit = time.monotonic() + 120
-        while not any(text in line for line in said):
+        while not any(f"copied {p} %" in line for line in said for p in range(percent, 100)):
             assert time.monotonic() < limit, said
             said.extend(sender.news(0.1))
 
     receivers = ray.remote(Receiver).options(num_cpus=0, resources={"hidden": 1})
     one = receivers.remote()
     call = one.run.remote(sender.offer, sender.handle)
-    until("copied 30 %")
+    until(30)
     (actor,) = descendants(b"ray::MeiosisSource")
     os.kill(actor, signal.SIGKILL)
-    until("copied 60 %")
+    until(60)
     restarted = descendants(b"ray::MeiosisSource")
     ray.kill(one)
     folder, grown = ray.get(receivers.remote().run.remote(sender.offer, sender.handle))
