@@ -167,7 +167,7 @@ class Sender:
     def _line(self, event: dict[str, Any]) -> str:
         where, total = f"node {event['node']}", gib(event["total"])
         if event["state"] == "began":
-            return f"{where}: does not see the same {event['what']} as the driver, copying {total}"
+            return f"{where}: copying {event['what']} ({total}) from the driver's node"
         if event["state"] == "going on":
             return f"{where}: copied {event['percent']} % of {total}"
         copied = Copied(event["node"], event["node_id"], event["moved"], event["seconds"], event["folder"])
