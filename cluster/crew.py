@@ -10,12 +10,14 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster import handshake
 from cluster.calls import FOREVER, Calls
 from cluster.jobs import Entry
 from cluster.local_ray import Session
+from cluster.sending import Sender, ShardMode
 from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
 from search.errors import UserError, WorkerError
@@ -99,13 +101,25 @@ class Crew:
         calls: takes the calls that are made here.
         gpus: GPUs per worker, see `check_gpus`.
         wanted: how many workers there shall be.
+        shards: how workers get at models and data, see `Sender`.
+        notes: file that is told what was copied.
 
     Raises:
         CheckpointError: a model of the plan is not what it was when the plan was made.
         WorkerError: no node of the cluster can hold a worker.
     """
 
-    def __init__(self, session: Session, calls: Calls, plan: WorkerPlan, body: str, gpus: float, wanted: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        calls: Calls,
+        plan: WorkerPlan,
+        body: str,
+        gpus: float,
+        wanted: int,
+        shards: ShardMode = "auto",
+        notes: Path | None = None,
+    ) -> None:
         import ray
 
         # On a cluster a worker reserves its threads; on this machine the number that the user gave counts.
@@ -121,7 +135,8 @@ class Crew:
         self.identity = handshake.identity()
         self.evaluators = handshake.evaluator_sources(plan.evaluators)
         self._setup = pickle.dumps((body, plan))
-        self._shards = pickle.dumps(shard_refs(plan.models, plan.base))
+        refs = shard_refs(plan.models, plan.base)
+        self.sender = Sender(plan, refs, shards, own=session.own, identity=self.identity, notes=notes)
         self._surroundings = vars(
             Surroundings(
                 packages=handshake.locations(),
@@ -153,7 +168,8 @@ class Crew:
         number = next(self._numbers)
         slot = Slot(number, f"worker-{number}", actor, group, avoid)
         deadline = now + START_SECONDS if self._session.own else FOREVER  # on a cluster it may wait for room
-        self._calls.send(slot, actor.hello.remote(self._surroundings, self._shards), deadline)
+        call = actor.hello.remote(self._surroundings, self.sender.offer, self.sender.handle)
+        self._calls.send(slot, call, deadline)
         return slot
 
     def build(self, slot: Slot, now: float) -> None:

@@ -20,6 +20,7 @@ from cluster.crew import Crew, check_gpus
 from cluster.jobs import JobBook
 from cluster.local_ray import open_session
 from cluster.metrics import PoolMetrics
+from cluster.sending import ShardMode
 from cluster.supervisor import MOMENT_SECONDS, Supervisor
 from evaluators.base import ItemPool
 from search.errors import UserError
@@ -27,6 +28,7 @@ from search.local_pool import DEFAULT_BODY
 from search.outcome_check import OutcomeCheck
 from search.pool import Job, Outcome, WorkerPlan
 from search.progress import Progress
+from search.store.copied import COPIED
 
 __all__ = ["MOMENT_SECONDS", "RayPool"]
 
@@ -44,13 +46,15 @@ class RayPool:
     Args:
         plan: what the body of every worker is constructed with.
         workers: the most there are at a time; more than the cluster holds start as nodes join.
-        working_folder: existing folder inside that of the run; `ray.log` in it takes what Ray prints, and
-            `nodes.json` tells which nodes have how many workers, and which get none and why.
+        working_folder: existing folder inside that of the run; `ray.log` in it takes what Ray prints,
+            `nodes.json` tells which nodes have how many workers, and which get none and why, `copied.jsonl` which
+            got copies of models and data.
         address: `host:port` of a Ray cluster to join; None: start Ray on this machine, or use the one
             that this process has.
         trial_seconds: time limit of one attempt at a job; None: none. What operators prepare once per node
             falls into the first attempts that use them.
         gpus_per_worker: GPUs that each worker gets: a fraction of one, or a whole number. Several are on one node.
+        shards: how workers get at models and data: `auto`, `shared` or `copy`, see `cluster.sending.Sender`.
         body: class of the worker's body as `module:Class`.
         report: called with one line when something about the workers is worth telling.
 
@@ -68,6 +72,7 @@ class RayPool:
         address: str | None = None,
         trial_seconds: float | None = None,
         gpus_per_worker: float = 0.0,
+        shards: ShardMode = "auto",
         body: str = DEFAULT_BODY,
         report: Callable[[str], None] | None = None,
     ) -> None:
@@ -89,7 +94,8 @@ class RayPool:
         )
         try:
             calls = Calls()
-            crew = Crew(self._session, calls, plan, body, gpus_per_worker, workers)
+            notes = working_folder / COPIED
+            crew = Crew(self._session, calls, plan, body, gpus_per_worker, workers, shards, notes)
             if address is not None:
                 tell("usage statistics stay as the head of the cluster has them")
             if crew.room < workers:

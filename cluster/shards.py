@@ -140,7 +140,7 @@ def _attach(name: str, ref: ShardRef) -> Checkpoint:
             file for file in expected if seen[file].mtime_ns != expected[file].mtime_ns or checkpoint.kind == "adapter"
         ]
         if newer:
-            with _one_at_a_time(Path(ref.folder)):
+            with one_at_a_time(Path(ref.folder)):
                 found = fingerprint(checkpoint).sha256
             if found != ref.sha256:
                 changed = Path(ref.folder, newer[0] if len(newer) == 1 else "")
@@ -154,7 +154,7 @@ def _attach(name: str, ref: ShardRef) -> Checkpoint:
 
 
 @contextmanager
-def _one_at_a_time(model: Path) -> Iterator[None]:
+def one_at_a_time(model: Path) -> Iterator[None]:
     """The workers of a node start together: the first hashes a model, the others find what it noted."""
     name = f"hash-{hashlib.sha256(str(model).encode()).hexdigest()[:32]}"
     with (node_folder() / name).open("a") as lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,6 +128,11 @@ class Supervisor:
         self._slots.clear()
         self._up.clear()
         self._engaged.clear()
+        self._tell(self._crew.sender.close())
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._report(line)
 
     def _gather(self) -> bool:
         """Whether jobs may start: every worker there is room for has passed the handshake."""
@@ -143,6 +148,7 @@ class Supervisor:
 
     def _look(self, now: float) -> None:
         """What is done once a second: see how the nodes are, and what follows from it."""
+        self._tell(self._crew.sender.news())
         self._nodes.refresh(now)
         if self._nodes.avoided != self._avoided:
             self._avoided = self._nodes.avoided

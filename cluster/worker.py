@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.handshake import Identity, Package, evaluator_sources, identity
-from cluster.shards import attach, node_folder, warm
+from cluster.handshake import Identity, Package, compare, evaluator_sources, identity
+from cluster.parcels import Offer
+from cluster.receiving import ActorChannel, Located, locate
+from cluster.shards import node_folder, warm
 from search.errors import MeiosisError, UserError, WorkerError
 from search.local_pool import Body, failed, make_body, one_line, run_body
 from search.outcome_check import check_size
@@ -67,8 +69,8 @@ def actor_class() -> Any:
     """
 
     class MeiosisWorker:
-        def hello(self, surroundings: dict[str, Any], shards: bytes) -> bytes:
-            """Set up imports and environment; returns the pickled identity and Ray's node id."""
+        def hello(self, surroundings: dict[str, Any], offer: bytes, source: Any = None) -> bytes:
+            """Set up imports and environment, and find the files; returns the pickled identity and Ray's node id."""
             import os
             import sys
             from importlib.machinery import PathFinder
@@ -97,7 +99,7 @@ def actor_class() -> Any:
             from cluster.worker import Worker
 
             self._worker = Worker()
-            return self._worker.hello(shards)
+            return self._worker.hello(offer, source)
 
         def build(self, setup: bytes) -> bytes:
             return self._worker.build(setup)
@@ -115,25 +117,30 @@ class Worker:
     """The inside of the actor. Every method returns pickled plain data and raises nothing."""
 
     _body: Body
-    _files: Sequence[Path] = ()
+    _located = Located()
     _fault: bytes | None = None
 
-    def hello(self, shards: bytes) -> bytes:
-        """Attach to the models, given as pickled `ShardRef`s by name. Pickled `Greeting`.
+    def hello(self, offer: bytes, source: Any = None) -> bytes:
+        """Find the models and data of a pickled `Offer`, and get from the actor `source` what this node does not
+        see. Pickled `Greeting`.
 
-        What is wrong with the models is kept for `build`: a difference in code is told first. It is found
+        What is wrong with them is kept for `build`: a difference in code is told first. It is found
         here because every worker that there is room for has greeted before the first job is sent.
         """
         import os
 
         import ray
 
+        ours, node_id = identity(), ray.get_runtime_context().get_node_id()
         try:
-            checkpoints = attach(pickle.loads(shards))  # noqa: S301 - written by our own driver
-            self._files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+            offered = pickle.loads(offer)  # noqa: S301 - written by our own driver
+            assert isinstance(offered, Offer)
+            compare(offered.driver, ours, "this worker")  # before anything moves; the driver says it better
+            channel = None if source is None else ActorChannel(source)
+            self._located = locate(offered, channel, node_id=node_id)
         except Exception as error:  # noqa: BLE001 - raised again by the driver
             self._fault = _start_error(error)
-        return pickle.dumps(Greeting(identity(), ray.get_runtime_context().get_node_id(), os.getpid()))
+        return pickle.dumps(Greeting(ours, node_id, os.getpid()))
 
     def build(self, setup: bytes) -> bytes:
         """Construct the body, while the models are read ahead. Pickled `Built`, or the `StartError`.
@@ -143,10 +150,12 @@ class Worker:
         """
         if self._fault is not None:
             return self._fault
-        threading.Thread(target=_warm, args=(self._files,), daemon=True).start()
+        files = [file for checkpoint in self._located.checkpoints.values() for file in checkpoint.files]
+        threading.Thread(target=_warm, args=(files,), daemon=True).start()
         try:
             body, plan = pickle.loads(setup)  # noqa: S301 - written by our own driver
             assert isinstance(plan, WorkerPlan)
+            plan = self._located.plan(plan)
             if plan.prepared_folder is None:
                 plan = replace(plan, prepared_folder=str(node_folder() / "prepared"))
             self._body = make_body(body, plan)

@@ -154,6 +154,14 @@ class Evaluator(ABC):
         torch. Raises `UserError` that names the file and the way out.
         """
 
+    def files(self) -> Sequence[Path]:
+        """Files and folders that are read while a worker prepares and evaluates.
+
+        A worker on a node that does not see them gets copies, and options that name these instead. By default
+        all paths among the options; whoever reads a file that no option of type `Path` names overrides this.
+        """
+        return tuple(dict.fromkeys(_paths_in(self.options)))
+
     @abstractmethod
     def prepare(self, context: Context) -> None:
         """Once per worker: read data, load the tokenizer, remember the device."""
@@ -209,6 +217,20 @@ class Evaluator(ABC):
         if total <= 0:
             return {name: float("nan") for name in per_item}
         return {name: float((scores.values[name] * scores.weights).sum()) / total for name in per_item}
+
+
+def _paths_in(value: object) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for _, part in value:
+            yield from _paths_in(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _paths_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _paths_in(part)
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,12 @@ class ClusterConfig(_Section):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="dtype of the merged model; by default that of the base"
     )
+    shards: Literal["auto", "shared", "copy"] = Field(
+        "auto",
+        description="how nodes of a cluster get at models and data. auto: those that do not see the same files get "
+        "copies from the driver's node once; shared: none do; copy: all do",
+    )
+    check_memory: bool = Field(True, description="whether what does not fit into memory is refused before it starts")
     trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
 
     @field_validator("gpus_per_worker")
@@ -294,6 +300,8 @@ class ClusterConfig(_Section):
     def _local_has_no_cluster(self) -> Self:
         if self.pool == "local" and (self.address is not None or self.gpus_per_worker):
             raise ValueError("pool: local knows no address and no gpus_per_worker; use pool: ray, or leave them out")
+        if self.pool == "local" and self.shards == "copy":
+            raise ValueError("pool: local copies nothing; use pool: ray, or leave shards out")
         return self
 
 

@@ -59,6 +59,6 @@ def _changed_cluster(recorded: Mapping[str, Any], changes: Mapping[str, Any]) ->
     if cluster["pool"] == "local" and recorded["pool"] != "local":
         # Ray's workers without a reserved GPU ran on the CPU, a worker in this process would take the GPU it sees.
         on_cpu = recorded["device"] == "auto" and not recorded["gpus_per_worker"]
-        elsewhere = {"address": None, "gpus_per_worker": 0, **({"device": "cpu"} if on_cpu else {})}
+        elsewhere = {"address": None, "gpus_per_worker": 0, "shards": "auto", **({"device": "cpu"} if on_cpu else {})}
         cluster = {**recorded, **elsewhere, **changes}
     return cluster

@@ -14,6 +14,7 @@ from search.errors import MeiosisError
 from search.finals import Verdict
 from search.manifest import read_manifest
 from search.run_log import last_events
+from search.store.copied import COPIED, read_copied
 from search.store.events import Ask, Trial
 from search.store.following import Follower
 from search.store.nodes_file import WorkersState, read_nodes
@@ -52,6 +53,7 @@ class RunStatus:
         verdict: the sentence of a finished run.
         model: exported model, where there is one.
         workers: workers and nodes of a run on Ray as its pool last saw them.
+        copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
 
     name: str
@@ -82,6 +84,7 @@ class RunStatus:
     used: Mapping[str, float] = field(default_factory=dict)
     ended_by: str | None = None
     sessions: int = 0
+    copied_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -90,6 +93,13 @@ def status_or_damage(folder: RunFolder) -> RunStatus:
         return run_status(folder)
     except MeiosisError as error:
         return RunStatus(folder.name, str(folder.path), f"damaged: {error}", 0, 0)
+
+
+def _copied(folder: RunFolder) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for copied in read_copied(folder.workers / COPIED):
+        found[f"{copied.node} ({copied.node_id[:8]})"] += copied.nbytes
+    return dict(found)
 
 
 def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus:
@@ -154,6 +164,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         used=asdict(used),
         ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
+        copied_bytes=_copied(folder),
     )
 
 

@@ -28,6 +28,7 @@ COMMANDS = [
     ["export"],
     ["operators"],
     ["evaluators"],
+    ["cache"],
 ]
 HEAVY = ("torch", "ray", "transformers", "nevergrad")
 

@@ -120,6 +120,11 @@ class PythonFunction(ItemEvaluator):
             parts.append(hashlib.sha256(place.read_bytes()).hexdigest())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    def files(self) -> Sequence[Path]:
+        """The file of the function too; what it imports is not in it."""
+        place = Path(self.options.function.rpartition(":")[0])
+        return (*super().files(), *([place] if place.suffix == ".py" else []))
+
     def prepare(self, context: Context) -> None:
         self._function = load_function(self.options.function)
         wanted = parameters_of(self._function, ARGUMENTS, self.options.function)

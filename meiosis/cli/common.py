@@ -86,22 +86,27 @@ def write_text(path: Path | None, text: str) -> None:
 
 def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
     """The workers that a config asks for."""
+    from meiosis.cli.memory import planned
+
     cluster = setup.config.cluster
     if cluster.pool == "local":
         from search.local_pool import LocalPool
 
-        return LocalPool(plan, cluster.workers)
+        with planned(setup):
+            return LocalPool(plan, cluster.workers)
     from cluster.pool import RayPool
 
-    return RayPool(
-        plan,
-        workers=cluster.workers,
-        address=cluster.address,
-        trial_seconds=cluster.trial_seconds,
-        gpus_per_worker=cluster.gpus_per_worker,
-        working_folder=folder,
-        report=say,
-    )
+    with planned(setup, folder / "ray.log"):
+        return RayPool(
+            plan,
+            workers=cluster.workers,
+            address=cluster.address,
+            trial_seconds=cluster.trial_seconds,
+            gpus_per_worker=cluster.gpus_per_worker,
+            shards=cluster.shards,
+            working_folder=folder,
+            report=say,
+        )
 
 
 def results_option(function: F) -> F:

@@ -28,6 +28,7 @@ _COMMANDS = {
     "evaluate": ("meiosis.cli.evaluate", "Score a model folder with the evaluators of a config."),
     "export": ("meiosis.cli.export", "Write the best, or any, trial of a run as a checkpoint."),
     "operators": ("meiosis.cli.operators", "List the merge operators with their parameters."),
+    "cache": ("meiosis.cli.cache", "Show or remove the copies of models that a cluster left on this machine."),
     "evaluators": ("meiosis.cli.evaluators", "List the evaluators with their metrics and options."),
 }
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from meiosis.cli.common import debug_option, json_option, note, out, print_json
+from meiosis.cli.memory import as_data, lines, memory_plan
 
 if TYPE_CHECKING:
+    from search.memory import MemoryPlan
     from search.setup import Setup
 
 _MIB = 2**20
@@ -26,23 +28,23 @@ def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from search.setup import check
 
     setup = check(load_config(config, overrides), report=note)
-    plan = _plan(setup)
+    memory = memory_plan(setup)
+    plan = _plan(setup, memory)
     if as_json:
         print_json(plan)
     else:
-        _show(setup, plan)
+        _show(setup, plan, memory)
+    if setup.config.cluster.check_memory:
+        memory.require()
 
 
-def _plan(setup: Setup) -> dict[str, Any]:
+def _plan(setup: Setup, memory: MemoryPlan) -> dict[str, Any]:
     from evaluators.base import ITEM_POOLS
-    from search.sources import view_models
 
     config = setup.config
-    base = view_models(setup.checkpoints, donor="base").views["base"]
     items = {
         name: {pool: len(evaluator.items(pool)) for pool in ITEM_POOLS} for name, evaluator in setup.evaluators.items()
     }
-    live = sum(_live_bytes(info.dtype, info.shape, setup.dtype) for info in base.tensors.values())
     return {
         "config": config.name,
         "models": {
@@ -62,11 +64,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
         ],
         "optimizer": config.search.optimizer.name,
         "device": setup.device,
-        "memory_bytes": {
-            "sources shared by all workers": sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
-            "live model of one worker": live,
-            "all workers": live * config.cluster.workers,
-        },
+        "memory_bytes": as_data(memory),
         "cost": {
             "candidates": config.search.budget,
             "limits": config.search.limits.model_dump(mode="json", exclude_none=True),
@@ -77,17 +75,7 @@ def _plan(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _live_bytes(dtype: str, shape: tuple[int, ...], live_dtype: str | None) -> int:
-    from math import prod
-
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
-    floating = dtype.startswith(("F", "BF"))
-    bits = int("".join(c for c in dtype.split("_", maxsplit=1)[0] if c.isdigit()) or 8)
-    size = sizes[live_dtype] if live_dtype and floating else bits // 8
-    return prod(shape) * size
-
-
-def _show(setup: Setup, plan: dict[str, Any]) -> None:
+def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
     from rich.table import Table
 
     console = out()
@@ -110,14 +98,10 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
             *(_spread([getattr(gene, part) for gene in genes]) for part in ("low", "high", "initial")),
         )
     console.print(genome)
-    memory, cost = plan["memory_bytes"], plan["cost"]
+    cost = plan["cost"]
     console.print(f"Operator {plan['operator']}, optimizer {plan['optimizer']}. Workers run on: {plan['device']}.")
-    console.print(
-        f"Memory: {memory['sources shared by all workers'] / _MIB:.1f} MiB of sources, mapped once and shared; "
-        f"{memory['live model of one worker'] / _MIB:.1f} MiB of live model for each of {cost['workers']} workers, "
-        "besides activations and libraries.",
-        soft_wrap=True,
-    )
+    for line in lines(memory, setup.config.cluster.shards):
+        console.print(line, soft_wrap=True)
     for name, pools in cost["items"].items():
         console.print(f"Evaluator {name}: " + ", ".join(f"{count} {pool} items" for pool, count in pools.items()) + ".")
     if cost["limits"]:
@@ -125,7 +109,7 @@ def _show(setup: Setup, plan: dict[str, Any]) -> None:
         console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
     console.print(
         f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
-        "The config is sound; nothing was spent.",
+        f"{'The config is sound' if memory.fits else 'It does not fit'}; nothing was spent.",
         soft_wrap=True,
     )
 

@@ -9,6 +9,7 @@ import click
 
 from meiosis.cli.budget import limit_options
 from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json
+from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.watch import Watch
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def command(
     given = tuple(f"{key}={'null' if value == 'none' else value}" for key, value in named.items() if value is not None)
     loaded = load_config(config, (*overrides, *given))
     setup = check(loaded, report=note)
+    refuse_at_once(setup)
     with Watch(quiet=as_json) as watch:
         finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
     show(finished, as_json)

@@ -110,6 +110,7 @@ def _show(status: RunStatus) -> None:
     lines = [f"Failed: {count} x {message}" for message, count in status.failures.items()]
     if status.workers is not None and status.state != "finished":
         lines += nodes(status.workers, running=status.state == "running")
+    lines += [f"Copied to node {n}: {b / 2**20:,.1f} MiB of models and data" for n, b in status.copied_bytes.items()]
     for line in (*lines, *status.warnings):
         console.print(line, soft_wrap=True)
     if status.verdict:

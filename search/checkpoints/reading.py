@@ -261,6 +261,12 @@ def _map_file(path: Path) -> Any:
             return safe_open(str(path), framework="pt", backend="mmap")
         except TypeError:  # safetensors before 0.8 has no other backend and no such argument
             return safe_open(str(path), framework="pt")
+    except RuntimeError as error:  # torch, where the file is larger than the memory
+        if "mmap" not in str(error):
+            raise
+        from search.checkpoints.large_file import LargeFile
+
+        return LargeFile(path)
     except SafetensorError as error:
         raise damage(path, f"cannot be mapped ({error})") from error
     except OSError as error:

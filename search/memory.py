@@ -1,0 +1,292 @@
+"""What a search needs of the memory of its nodes, known before anything starts. Loads neither torch nor Ray.
+
+Sources are mapped from their files: all workers of a node share the pages, and what does not fit is read again from
+disk. So they need no memory, but are read faster where there is some. Everything else is a worker's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evaluators.likelihood import SOFTMAX_ELEMENTS
+from evaluators.tokens import DEFAULT_MAX_TOKENS
+from search.errors import UserError
+from search.sources import view_models
+
+if TYPE_CHECKING:
+    from evaluators.base import Evaluator
+    from search.setup import Setup
+
+LIBRARY_BYTES = 600 << 20
+"""Private memory of a worker in which torch, transformers and Ray are loaded and that has not computed yet."""
+CUDA_HOST_BYTES = 2 << 30
+"""What CUDA takes of a process's main memory beside that."""
+CUDA_CONTEXT_BYTES = 1 << 30
+"""What a process takes of a GPU before the first tensor, with the work spaces of the libraries for matrices."""
+SCRATCH_ELEMENTS = {False: 1 << 18, True: 1 << 24}
+"""Elements of a block of the merge, on the CPU and on a GPU."""
+DEFAULT_BATCH_TOKENS = 2048
+"""Taken for evaluators that have no option `batch_tokens`."""
+
+
+class ModelSize(NamedTuple):
+    """Sizes of a language model that its activations depend on."""
+
+    hidden: int
+    inner: int
+    heads: int
+    layers: int
+    vocabulary: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one worker needs for itself, and `sources`, which the workers of a node share.
+
+    Attributes:
+        live: the live model.
+        activations: the largest batch of any evaluator, see `activation_bytes`.
+        merging: buffers of the merge, and one tensor.
+        learning: a baseline that learns by gradient: a float32 model and all its activations.
+        on_gpu: whether all this is on a GPU; then a worker's main memory holds the live model while it is loaded.
+    """
+
+    sources: int
+    live: int
+    activations: int
+    merging: int
+    learning: int
+    on_gpu: bool
+
+    @property
+    def host(self) -> int:
+        """Main memory of one worker."""
+        return LIBRARY_BYTES + (CUDA_HOST_BYTES + self.live if self.on_gpu else self._work)
+
+    @property
+    def gpu(self) -> int:
+        """Memory of one worker's GPUs."""
+        return CUDA_CONTEXT_BYTES + self._work if self.on_gpu else 0
+
+    @property
+    def _work(self) -> int:
+        return self.live + self.merging + max(self.activations, self.learning)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has to give.
+
+    Attributes:
+        memory: bytes of main memory that are free.
+        gpus: free bytes of every GPU; empty where there is none, or where it is not known.
+        slots: workers that its CPUs and GPUs allow.
+        lacks: bytes of models and data that would be copied to it.
+    """
+
+    name: str
+    memory: int
+    gpus: tuple[int, ...] = ()
+    slots: int = 1 << 30
+    lacks: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A node and the workers on it: so many there will be, so many would fit."""
+
+    node: Node
+    workers: int
+    most: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Workers on nodes.
+
+    Attributes:
+        workers: how many there shall be; those that the cluster has no room for now are on no node.
+        largest: the largest number of workers, at most `workers`, that fits.
+    """
+
+    needs: Needs
+    shares: tuple[Share, ...]
+    workers: int
+    largest: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every node can hold its workers."""
+        return all(share.workers <= share.most for share in self.shares)
+
+    def require(self) -> None:
+        """Raise `UserError` unless all fits: how much is there, how much it takes, how many workers would fit."""
+        if self.fits:
+            return
+        share = next(share for share in self.shares if share.workers > share.most)
+        needs, node = self.needs, share.node
+        if needs.host * share.workers > node.memory:
+            what = f"{gib(needs.host * share.workers)} of memory, and {gib(node.memory)} are free"
+        else:
+            what = f"{gib(needs.gpu)} of GPU memory each, and {', '.join(map(gib, node.gpus))} are free"
+        workers = f"{share.workers} worker{'s' * (share.workers != 1)}"
+        way_out = (
+            f"set cluster.workers to at most {self.largest}"
+            if self.largest
+            else "not even one fits: set cluster.dtype to bfloat16, or batch_tokens of the evaluators to less"
+        )
+        raise UserError(
+            f"cluster.workers: on node {node.name} {workers} would need {what}; {way_out} "
+            "(cluster.check_memory: false tries it all the same)"
+        )
+
+
+def plan_memory(needs: Needs, nodes: Sequence[Node], workers: int, gpus_per_worker: float = 0.0) -> MemoryPlan:
+    """Spread workers over nodes as Ray does, one at a time to the node that has the fewest.
+
+    Args:
+        nodes: at least one.
+        gpus_per_worker: may be a fraction.
+    """
+    most = [_most(needs, node, gpus_per_worker) for node in nodes]
+    given = [0] * len(nodes)
+    largest, fits = 0, True
+    for _ in range(workers):
+        open_nodes = [index for index, node in enumerate(nodes) if given[index] < node.slots]
+        if not open_nodes:
+            break
+        chosen = min(open_nodes, key=lambda index: given[index])
+        given[chosen] += 1
+        fits = fits and given[chosen] <= most[chosen]
+        largest += fits
+    shares = tuple(Share(node, count, room) for node, count, room in zip(nodes, given, most, strict=True))
+    return MemoryPlan(needs, shares, workers, largest)
+
+
+def _most(needs: Needs, node: Node, gpus_per_worker: float) -> int:
+    """How many workers the memory of a node holds."""
+    by_host = node.memory // needs.host
+    if not needs.on_gpu or not node.gpus:
+        return by_host
+    if gpus_per_worker > 1:  # a model that is laid over several
+        each = math.ceil(gpus_per_worker)
+        groups = [node.gpus[at : at + each] for at in range(0, len(node.gpus) - each + 1, each)]
+        return min(by_host, sum(sum(group) >= needs.gpu for group in groups))
+    if not gpus_per_worker:  # nothing is reserved: all workers meet on the first
+        return min(by_host, node.gpus[0] // needs.gpu)
+    per_gpu = int(1 / gpus_per_worker + 1e-6)
+    return min(by_host, sum(min(per_gpu, free // needs.gpu) for free in node.gpus))
+
+
+def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
+    """What one worker of a search needs.
+
+    Args:
+        has_gpu: whether a worker that looks for a GPU would find one.
+    """
+    cluster, base = setup.config.cluster, setup.checkpoints["base"]
+    tensors = view_models(setup.checkpoints, donor="base").views["base"].tensors.values()
+    sizes = [_tensor_bytes(info.dtype, info.shape, setup.dtype) for info in tensors]
+    elements = [math.prod(info.shape) for info in tensors]
+    live = sum(sizes)
+    on_gpu = setup.device.startswith("cuda") or (setup.device == "auto" and has_gpu)
+    width = _width(setup.dtype or str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32"))
+    size = model_size(base.config)
+    activations = max((_activations(size, e, width, live) for e in setup.evaluators.values()), default=0)
+    learning = 0
+    if any(baseline.name == "learned_soup" for baseline in setup.config.search.baselines):
+        trained = max((_activations(size, e, 4, live, train=True) for e in setup.evaluators.values()), default=0)
+        learning = 4 * (sum(elements) + max(elements)) + trained
+    blocks = SCRATCH_ELEMENTS[on_gpu] * 4 * (len(setup.config.models.sources) + 3) * (1 if on_gpu else cluster.threads)
+    return Needs(
+        sources=sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
+        live=live,
+        activations=activations,
+        merging=blocks + max(sizes),
+        learning=learning,
+        on_gpu=on_gpu,
+    )
+
+
+def activation_bytes(size: ModelSize, batch_tokens: int, max_tokens: int, width: int, *, train: bool = False) -> int:
+    """Most memory that a language model takes beside its weights while it reads one batch; an upper estimate.
+
+    With t tokens in the batch, s of them in a sequence, hidden size h, inner size f, a heads, vocabulary v and
+    w bytes for a number, evaluation takes the sum of
+
+        logits      t v w
+        softmax     min(t, 2^24 / v) v (w + 8)     a block of logits, the same in float32, and their exponentials
+        layer       t (32 h + 3 f w)               residual, norms (float32), queries, keys, values; gate, up, product
+        attention   t s (2 a w + 4)                scores and shares where a kernel keeps them, and the mask
+
+    though not all of it at the same time. Training keeps layer and attention of every layer, and 12 t v bytes of
+    gradients and float32 logits.
+
+    Args:
+        batch_tokens: tokens of a batch, padding included; at least one sequence of `max_tokens` is taken.
+        max_tokens: tokens of a sequence.
+        width: bytes of a number of the live model.
+        train: whether gradients are taken.
+    """
+    sequence = min(max_tokens, size.positions)
+    tokens = max(batch_tokens, sequence)
+    logits = tokens * size.vocabulary * width
+    softmax = min(tokens, max(1, SOFTMAX_ELEMENTS // size.vocabulary)) * size.vocabulary * (width + 8)
+    layer = tokens * (32 * size.hidden + 3 * size.inner * width)
+    attention = tokens * sequence * (2 * size.heads * width + 4)
+    if train:
+        return logits + 12 * tokens * size.vocabulary + size.layers * (layer + attention)
+    return logits + softmax + layer + attention
+
+
+def model_size(config: Mapping[str, Any]) -> ModelSize | None:
+    """Sizes of a language model from its `config.json`; None if it is none, or one that says it in other words."""
+    inside = config.get("text_config")
+    text = inside if isinstance(inside, Mapping) else config
+    hidden = _number(text, "hidden_size", "n_embd", "d_model", "dim")
+    vocabulary = _number(text, "vocab_size")
+    if not hidden or not vocabulary:
+        return None
+    experts = _number(text, "num_experts_per_tok") * _number(text, "moe_intermediate_size", "intermediate_size")
+    inner = _number(text, "intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim") or 4 * hidden
+    return ModelSize(
+        hidden=hidden,
+        inner=max(inner, experts),
+        heads=_number(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or max(1, hidden // 64),
+        layers=_number(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 1,
+        vocabulary=vocabulary,
+        positions=_number(text, "max_position_embeddings", "n_positions", "max_seq_len") or 1 << 30,
+    )
+
+
+def _activations(size: ModelSize | None, evaluator: Evaluator, width: int, live: int, *, train: bool = False) -> int:
+    """Of one evaluator. What is not known to be a language model is taken to need its own size again."""
+    if size is None:
+        return live
+    batch = getattr(evaluator.options, "batch_tokens", None) or DEFAULT_BATCH_TOKENS
+    longest = getattr(evaluator.options, "max_tokens", None) or DEFAULT_MAX_TOKENS
+    return activation_bytes(size, batch, longest, width, train=train)
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    found: Iterable[Any] = (config.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 0)
+
+
+def _width(dtype: str) -> int:
+    return 2 if dtype in ("float16", "bfloat16") else 4
+
+
+def _tensor_bytes(dtype: str, shape: tuple[int, ...], live_dtype: str | None) -> int:
+    floating = dtype.startswith(("F", "BF"))
+    bits = int("".join(c for c in dtype.split("_", maxsplit=1)[0] if c.isdigit()) or 8)
+    return math.prod(shape) * (_width(live_dtype) if live_dtype and floating else bits // 8)
+
+
+def gib(nbytes: float) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
