@@ -22,7 +22,7 @@ def ask_event(candidate: Candidate) -> Ask:
         candidate=candidate.id,
         origin=candidate.origin,
         genome=candidate.genome.coordinates if candidate.genome else None,
-        recipe_hash=candidate.recipe.hash,
+        recipe_hash=candidate.recipe_hash,
         recipe=None if candidate.genome else json.dumps(rules, separators=(",", ":")),
     )
 

@@ -24,10 +24,11 @@
 | worker | string | who evaluated |
 | attempts | int64 | how often the evaluation was started |
 | verdict | string | JSON of `end` |
-| crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, which hold this column |
+| crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, and of its place unless 0 |
 
 Columns that do not belong to a kind of event are null. There are no dictionary columns: they would
-need messages of their own, and a record would no longer stand for itself.
+need messages of their own, and a record would no longer stand for itself. The last 8 bytes of a record hold
+the column crc32 and, in what pads it, the place of the record among those that were written with one sync.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ VERSION = b"1"
 
 _UNSET = 0xFFFFFFFF
 _CRC_BYTES = 8
-"""The last buffer of a record is the crc32 column: 4 bytes, padded to 8."""
+"""The last buffer of a record is the crc32 column: 4 bytes, and 4 of padding, which hold the place."""
 
 
 @cache
@@ -104,8 +105,12 @@ def is_current(found: pa.Schema) -> bool:
     return bool(found.equals(schema()) and found.metadata == schema().metadata)
 
 
-def encode(event: Event, seq: int, side: SideFiles) -> bytes:
-    """The Arrow IPC message of an event; its item ids and large scores are on disk when this returns."""
+def encode(event: Event, seq: int, side: SideFiles, place: int = 0) -> bytes:
+    """The Arrow IPC message of an event; its item ids and large scores are on disk when this returns.
+
+    Args:
+        place: how many records are written before it with the same sync. A disk may lose those and keep this one.
+    """
     import pyarrow as pa
 
     row = _row(event, seq, side)
@@ -114,13 +119,26 @@ def encode(event: Event, seq: int, side: SideFiles) -> bytes:
     message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=columns).serialize())
     if message[-_CRC_BYTES:] != struct.pack("<II", _UNSET, 0):
         raise AssertionError("Arrow does not lay out a record as expected: crc32 is not its last buffer")
-    message[-_CRC_BYTES:] = struct.pack("<II", zlib.crc32(memoryview(message)[:-_CRC_BYTES]), 0)
+    message[-_CRC_BYTES:] = _tail(memoryview(message)[:-_CRC_BYTES], place)
     return bytes(message)
 
 
 def is_whole(record: memoryview) -> bool:
     """Whether the bytes of a record are those that `encode` made."""
-    return bytes(record[-_CRC_BYTES:]) == struct.pack("<II", zlib.crc32(record[:-_CRC_BYTES]), 0)
+    return bytes(record[-_CRC_BYTES:]) == _tail(record[:-_CRC_BYTES], place_of(record))
+
+
+def place_of(record: memoryview) -> int:
+    """The place of a whole record among those that were written with one sync, from 0."""
+    (place,) = struct.unpack("<I", record[-_CRC_BYTES // 2 :])
+    return int(place)
+
+
+def _tail(body: memoryview, place: int) -> bytes:
+    checksum = zlib.crc32(body)
+    if place:  # without it the checksum is that of records from before there were places
+        checksum = zlib.crc32(struct.pack("<I", place), checksum)
+    return struct.pack("<II", checksum, place)
 
 
 def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
