@@ -116,6 +116,7 @@ class Driver:
             self._advance()
             deciding = self._in_flight.ready or self._may_ask
             if not deciding and not self._in_flight:
+                self._spool.tidy()
                 return
             if self._stop():
                 raise KeyboardInterrupt

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from search.config import parse_config
-from search.driver import Driver, Key, Limits, replay
+from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, RunError, UserError
 from search.export import export_candidate
 from search.finals import Verdict, finish
+from search.in_flight import Key
 from search.manifest import changed_versions, make_manifest, read_manifest
 from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population

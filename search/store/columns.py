@@ -100,6 +100,11 @@ def schema() -> pa.Schema:
     )
 
 
+@cache
+def _types() -> tuple[tuple[str, pa.DataType], ...]:
+    return tuple((field.name, field.type) for field in schema())
+
+
 def is_current(found: pa.Schema) -> bool:
     """Whether the columns are those of `schema`. What Arrow calls the inside of a map may differ."""
     return bool(found.equals(schema()) and found.metadata == schema().metadata)
@@ -114,9 +119,8 @@ def encode(event: Event, seq: int, side: SideFiles, place: int = 0) -> bytes:
     import pyarrow as pa
 
     row = _row(event, seq, side)
-    columns = schema()
-    arrays = [one(field.type, row.get(field.name)) for field in columns]
-    message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=columns).serialize())
+    arrays = [one(kind, row.get(name)) for name, kind in _types()]
+    message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=schema()).serialize())
     if message[-_CRC_BYTES:] != struct.pack("<II", _UNSET, 0):
         raise AssertionError("Arrow does not lay out a record as expected: crc32 is not its last buffer")
     message[-_CRC_BYTES:] = _tail(memoryview(message)[:-_CRC_BYTES], place)
