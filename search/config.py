@@ -197,7 +197,10 @@ class SearchConfig(_Section):
         description="ordered: the same history on any number of workers; arrival: results as they come",
     )
     window: int | None = Field(
-        None, ge=1, description="candidates in flight; by default twice the workers at the start"
+        None,
+        ge=1,
+        description="candidates in flight; by default twice the workers at the start, which keeps up to 16 of them "
+        "busy; more workers, or times that vary much, want 3 or 4 times as many, or `order: arrival`",
     )
     finalists: int = Field(5, ge=1, description="best candidates that are scored again on the select items")
 

@@ -3,8 +3,9 @@
 Steady state: there is no generation barrier. At most `window` candidates are in flight; whenever a result
 is told, the next candidate is asked. In ordered commit, results are recorded and told in the order of the
 candidates, so what is asked depends on seed and window only, never on timing or on how many workers there
-are. Every ask and every result is on disk before it takes effect; a driver that starts on a history
-replays it and goes on where it ended.
+are. Every ask and every result is on disk before anything outside this process hears of what follows from it:
+what was decided together is written together, and only then are its jobs sent. A driver that starts on a
+history replays it and goes on where it ended.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from evaluators.base import ItemPool
 from search.budget import Spending, limit_in_force
 from search.errors import RunError
+from search.in_flight import InFlight, Key
 from search.pool import Job, Outcome, Pool
 from search.population import Candidate, Population
 from search.progress import Progress
@@ -24,8 +26,10 @@ from search.store.history import History
 from search.store.spool import Spool
 from search.trials import ask_event, outcome_of, trial_event, usable_metrics
 
-Key = tuple[int, ItemPool]
 POLL_SECONDS = 0.5
+STEPS = 32
+"""So many asks and results are decided, and written with one sync, before the pool is looked at again: few
+enough that workers that became free do not wait for long, enough to spread the cost of the sync."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,12 @@ class Driver:
         self._report, self._stop, self._failed, self._recorded = report, stop, failed, recorded
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
-        self._open: dict[Key, None] = {}
         self._copies: dict[Key, list[Key]] = {}
+        self._asking = self._asked_in_vain = False
+        self._unwritten: list[Event] = []
+        self._decided: list[Outcome] = []
+        self._unsent: list[Job] = []
+        self._unkept: dict[Key, Outcome] = {}
         self._progress = Progress(phase="search", total=limits.budget or 0)
         self._spending = spending or Spending()
         events = history.events()
@@ -90,7 +98,7 @@ class Driver:
                 events,
                 population,
                 limits.window,
-                lambda: self._has_room(len({c.work for c in population.candidates})) is True,
+                lambda: self._has_room and self._reached(len({c.work for c in population.candidates})) is None,
             )
             self._untold = {(trial.candidate, trial.items) for trial in untold}
         else:
@@ -100,8 +108,8 @@ class Driver:
         for trial in self.trials.values():
             if trial.items == "search":
                 self._note(trial)
-        self._arrived = self._take_spooled()
-        self._arrived.update((key, outcome_of(self.trials[key])) for key in sorted(self._untold))
+        kept = {**self._take_spooled(), **{key: outcome_of(self.trials[key]) for key in self._untold}}
+        self._in_flight = InFlight(limits.ordered, kept)
 
     def search(self) -> None:
         """Run the search to its budget."""
@@ -110,9 +118,7 @@ class Driver:
         for candidate in self.population.candidates:
             if (key := (candidate.id, "search")) not in self.trials or key in self._untold:
                 self._submit(candidate, "search")
-        self._fill()
-        while self._open:
-            self._collect()
+        self._work()
 
     def score(self, candidates: Sequence[Candidate], items: ItemPool) -> list[Trial]:
         """Score candidates on other items, each once in the run; in the order given."""
@@ -121,8 +127,7 @@ class Driver:
         self._count(done=len(candidates) - len(missing))
         for candidate in missing:
             self._submit(candidate, items)
-        while self._open:
-            self._collect()
+        self._work()
         return [self.trials[candidate.id, items] for candidate in candidates]
 
     def close(self) -> None:
@@ -130,73 +135,99 @@ class Driver:
         if self._pool is not None:
             self._pool.close()
 
-    def _fill(self) -> None:
-        """Ask and submit while the window and the budget have room."""
-        while len(self._open) < self.limits.window and self._may_ask():
-            candidate = self.population.ask()
-            if candidate is None:
-                if not self._open and not self.population.finished:
-                    raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
+    def _work(self) -> None:
+        """Decide, write, send and wait until nothing is in flight and nothing may be asked."""
+        while True:
+            self._advance()
+            deciding = self._in_flight.ready or self._may_ask
+            if not deciding and not self._in_flight:
+                self._spool.tidy()
                 return
-            self._record(ask_event(candidate))
-            self._progress = replace(self._progress, total=self.total)
-            self._first_with_recipe.setdefault(candidate.work, candidate.id)
-            self._submit(candidate, "search")
+            if self._stop():
+                raise KeyboardInterrupt
+            # The pool is looked at between decisions too: it gives jobs to workers only then.
+            if self._pool is not None or not deciding:
+                self._receive(self._workers().wait(0.0 if deciding else POLL_SECONDS))
 
-    def _has_room(self, works: int) -> LimitReached | bool:
-        """Whether the budget has room for one more candidate, or the limit that it reaches now."""
+    def _advance(self) -> None:
+        """Ask and commit, ask first, as far as that is possible but a few steps at most; make it known."""
+        try:
+            for _ in range(STEPS):
+                if not (self._ask() or self._commit()):
+                    break
+        finally:
+            self._write()
+        for job in self._unsent:
+            self._workers().submit(job)
+        self._unsent.clear()
+        # A result that waits for its turn waits on disk.
+        self._spool.put_all([trial_event(outcome, None, feasible=False) for outcome in self._unkept.values()])
+        self._unkept.clear()
+        self._show()
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether the budget has room for one more candidate, and no limit has ended the search."""
         budget = self.limits.budget
-        if self.limit is not None or (budget is not None and len(self.population.candidates) >= budget):
-            return False
-        return (self._spending.reached(works) if self.population.has_parents else None) or True
+        return self.limit is None and (budget is None or self.population.asked < budget)
 
+    @property
     def _may_ask(self) -> bool:
-        """Whether to ask; a limit that forbids it is recorded before it takes effect."""
-        room = self._has_room(len(self._first_with_recipe))
-        if isinstance(room, LimitReached):
-            self.history.append(room)
-            self.limit, room = room, False
-        return room
+        """Whether the window and the budget have room, and something was told since the last ask in vain."""
+        room = self._has_room and len(self._in_flight) < self.limits.window
+        return room and self._asking and not self._asked_in_vain
+
+    def _reached(self, works: int) -> LimitReached | None:
+        """The limit that forbids to ask for one more candidate, after so many different ones."""
+        return self._spending.reached(works) if self.population.has_parents else None
+
+    def _ask(self) -> bool:
+        """Ask for a candidate, or note that a limit forbids it; returns whether there is something to write."""
+        if not self._may_ask:
+            return False
+        if (limit := self._reached(len(self._first_with_recipe))) is not None:
+            self._unwritten.append(limit)
+            self.limit = limit
+            return True
+        candidate = self.population.ask()
+        if candidate is None:
+            if not self._in_flight and not self.population.finished:
+                raise RunError("a baseline waits for a result that never comes; take it out of search.baselines")
+            self._asked_in_vain = True
+            return False
+        self._unwritten.append(ask_event(candidate))
+        self._progress = replace(self._progress, total=self.total)
+        self._first_with_recipe.setdefault(candidate.work, candidate.id)
+        self._submit(candidate, "search")
+        return True
 
     def _submit(self, candidate: Candidate, items: ItemPool) -> None:
         key = (candidate.id, items)
-        self._open[key] = None
-        if key in self._arrived:
+        self._in_flight.open(key)
+        if self._in_flight.result(key) is not None:
             return
         # A recipe that was there before costs nothing: its result is that of the first.
-        original = (self._first_with_recipe[candidate.work], items)
+        original = self._first_with_recipe[candidate.work], items
         if original == key:
             learn = candidate.learn if items == "search" else None
-            self._workers().submit(
-                Job(candidate.id, candidate.recipe, items, hash_weights=items != "search", learn=learn)
-            )
+            job = Job(candidate.id, candidate.recipe, items, hash_weights=items != "search", learn=learn)
+            self._unsent.append(job)
         elif original in self.trials:
-            self._arrived[key] = _copy(outcome_of(self.trials[original]), key)
-        elif original in self._arrived:
-            self._arrived[key] = _copy(self._arrived[original], key)
-        elif original in self._open:
+            self._in_flight.arrive(_copy(outcome_of(self.trials[original]), key))
+        elif (found := self._in_flight.result(original)) is not None:
+            self._in_flight.arrive(_copy(found, key))
+        elif original in self._in_flight:
             self._copies.setdefault(original, []).append(key)
         else:
             self._first_with_recipe[candidate.work] = candidate.id
             self._submit(candidate, items)
 
-    def _collect(self) -> None:
-        """Commit what may be committed; if nothing may, wait for results."""
-        if self._stop():
-            raise KeyboardInterrupt
-        key = self._next_to_commit()
-        if key is not None:
-            self._commit(key)
-            return
-        for outcome in self._workers().wait(POLL_SECONDS):
-            if outcome.key not in self._open:
-                continue
-            self._arrived[outcome.key] = outcome
-            for copy in self._copies.pop(outcome.key, []):
-                self._arrived[copy] = _copy(outcome, copy)
-            if self._next_to_commit() != outcome.key:
-                self._spool.put(*outcome.key, trial_event(outcome, None, feasible=False))
-        self._show()
+    def _receive(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            if self._in_flight.arrive(outcome):
+                self._unkept[outcome.key] = outcome
+                for copy in self._copies.pop(outcome.key, []):
+                    self._in_flight.arrive(_copy(outcome, copy))
 
     def _take_spooled(self) -> dict[Key, Outcome]:
         """Results that came before their turn and were not recorded when the last driver ended."""
@@ -208,38 +239,43 @@ class Driver:
                 kept[key] = outcome_of(trial)
         return kept
 
-    def _next_to_commit(self) -> Key | None:
-        if self.limits.ordered:
-            first = next(iter(self._open))
-            return first if first in self._arrived else None
-        return next((key for key in self._arrived if key in self._open), None)
-
-    def _commit(self, key: Key) -> None:
-        outcome = self._arrived.pop(key)
+    def _commit(self) -> bool:
+        outcome = self._in_flight.take()
+        if outcome is None:
+            return False
+        key = outcome.key
+        self._unkept.pop(key, None)
         metrics = None if outcome.failure else outcome.metrics
-        if recorded := key in self._untold:
+        if known := key in self._untold:  # recorded before the run was extended
             self._untold.remove(key)
             trial = self.trials[key]
         else:
             trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
-            self._record(trial)
+            self.trials[key] = trial
+            self._unwritten.append(trial)
+            self._decided.append(outcome)
             self._spending.told(trial)
-            if outcome.failure:
-                self._failed(outcome)
-        self._spool.drop(*outcome.key)
-        self.trials[key] = trial
-        del self._open[key]
+            self._progress = replace(self._progress, done=self._progress.done + 1)
         if key[1] == "search":
+            self._asked_in_vain = False
             self.population.tell(key[0], metrics)
             self._refuse_without_parents()
-            if not recorded:
+            if not known:
                 self._note(trial)
-            self._fill()
-        self._count(done=self._progress.done + (not recorded))
+        return True
 
-    def _record(self, event: Ask | Trial) -> None:
-        self.history.append(event)
-        self._recorded(event)
+    def _write(self) -> None:
+        """Make durable what was decided, with one sync."""
+        self.history.append_all(self._unwritten)
+        written, self._unwritten = self._unwritten, []
+        for event in written:
+            if isinstance(event, Ask | Trial):
+                self._recorded(event)
+        for outcome in self._decided:
+            if outcome.failure:
+                self._failed(outcome)
+            self._spool.drop(*outcome.key)
+        self._decided.clear()
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
@@ -256,16 +292,17 @@ class Driver:
     @property
     def total(self) -> int:
         """Candidates of the search; without a budget those that are known by now."""
-        return len(self.population.candidates) if self.limits.budget is None else self.limits.budget
+        return self.population.asked if self.limits.budget is None else self.limits.budget
 
     def _begin(self, phase: ItemPool, total: int) -> None:
         done = sum(1 for _, items in self.trials if items == phase)
         self._progress = replace(self._progress, phase=phase, total=total, done=done)
+        self._asking = phase == "search"
         self._show()
 
     def _note(self, trial: Trial) -> None:
         best = self._progress.best
-        origin = self.population.candidates[trial.candidate].origin
+        origin = self.population.candidate(trial.candidate).origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
         if trial.loss is not None and trial.feasible and (best is None or best.loss is None or trial.loss < best.loss):
             self._progress = replace(self._progress, best=trial, best_origin=origin)

@@ -175,8 +175,10 @@ def _finalists(driver: Driver, count: int) -> list[Candidate]:
         (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
         key=lambda c: (driver.trials[c.id, "search"].loss, c.id),
     )
-    distinct = {c.recipe.hash: c for c in reversed(ranked)}
-    return sorted(distinct.values(), key=ranked.index)[:count]
+    distinct: dict[str, Candidate] = {}
+    for candidate in ranked:
+        distinct.setdefault(candidate.recipe_hash, candidate)
+    return list(distinct.values())[:count]
 
 
 def _loss(driver: Driver, trial: Trial) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
@@ -44,10 +45,15 @@ class Candidate:
     step: bool = False
     learn: LearnSoup | None = None
 
-    @property
+    @cached_property
+    def recipe_hash(self) -> str:
+        """`Recipe.hash`, computed once: it takes longer than all else that the driver does with a candidate."""
+        return self.recipe.hash
+
+    @cached_property
     def work(self) -> str:
         """Equal for candidates whose evaluation is the same, so that one is enough."""
-        return self.recipe.hash if self.learn is None else f"{self.recipe.hash} {self.learn}"
+        return self.recipe_hash if self.learn is None else f"{self.recipe_hash} {self.learn}"
 
 
 class Population:
@@ -109,8 +115,17 @@ class Population:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """All that were asked so far, by id."""
+        """All that were asked so far, by id: a copy, which takes time for each of them."""
         return tuple(self._candidates)
+
+    @property
+    def asked(self) -> int:
+        """How many were asked so far."""
+        return len(self._candidates)
+
+    def candidate(self, id_: int) -> Candidate:
+        """The candidate of a number."""
+        return self._candidates[id_]
 
     def ask(self) -> Candidate | None:
         """The next candidate; None when it depends on results that are still out."""

@@ -14,11 +14,12 @@ from typing import Any
 
 from search.budget import Budget, Spending, Used, end_in_force, why_ended
 from search.checkpoints.writing import written_sha256
-from search.driver import Driver, Key, Limits, replay
+from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
 from search.export import export_candidate
 from search.extension import extend, items_per_candidate
 from search.finals import Verdict, finish
+from search.in_flight import Key
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
 from search.observing import Observer

@@ -15,16 +15,20 @@ from search.store.events import Ask, Trial
 
 def ask_event(candidate: Candidate) -> Ask:
     """The record of an ask. Recipes of generation 0 are written out, the others follow from the genome."""
-    rules: object = [rule.model_dump(mode="json") for rule in candidate.recipe.rules]
-    if candidate.learn is not None:
-        rules = {"rules": rules, "learn": asdict(candidate.learn)}
     return Ask(
         candidate=candidate.id,
         origin=candidate.origin,
         genome=candidate.genome.coordinates if candidate.genome else None,
-        recipe_hash=candidate.recipe.hash,
-        recipe=None if candidate.genome else json.dumps(rules, separators=(",", ":")),
+        recipe_hash=candidate.recipe_hash,
+        recipe=None if candidate.genome else _written_out(candidate),
     )
+
+
+def _written_out(candidate: Candidate) -> str:
+    rules: object = [rule.model_dump(mode="json") for rule in candidate.recipe.rules]
+    if candidate.learn is not None:
+        rules = {"rules": rules, "learn": asdict(candidate.learn)}
+    return json.dumps(rules, separators=(",", ":"))
 
 
 def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -> Trial:

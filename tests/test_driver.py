@@ -137,14 +137,35 @@ def test_a_log_that_is_cut_in_the_middle_of_a_record_resumes_to_the_same_history
         shutil.rmtree(folder)
 
 
-def test_results_that_came_before_their_turn_survive_the_driver(tmp_path: Path) -> None:
+def test_what_was_written_with_one_sync_resumes_from_every_record_of_it(tmp_path: Path) -> None:
+    """The death of the machine leaves any beginning of a write, also between a result and the ask that followed."""
+    pool = Shuffled(3, 2)
+    reference = content(drive(tmp_path / "whole", pool, budget=24))
+    log = next((tmp_path / "whole" / "history").glob("*.arrows"))
+    data = log.read_bytes()
+    ends = [at for at in range(len(data)) if data.startswith(b"\xff\xff\xff\xff", at) and at % 8 == 0][1:]
+    seen = set()
+    for number, end in enumerate(ends):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole" / "history", folder / "history")
+        with (folder / "history" / log.name).open("r+b") as file:
+            file.truncate(end)
+        with History.open(folder / "history", events_per_segment=30) as history:
+            seen.add(len(history))
+        assert content(drive(folder, Shuffled(2, number), budget=24)) == reference
+        shutil.rmtree(folder)
+    assert len(seen) >= len(reference) % 30
+
+
+@pytest.mark.parametrize(("seed", "stop_after"), [(6, 9), (4, 14), (5, 14)])
+def test_results_that_came_before_their_turn_survive_the_driver(seed: int, stop_after: int, tmp_path: Path) -> None:
     """With arrival shuffled, some results wait for earlier ones; after a death they are not computed again."""
-    first = Shuffled(4, 7)
-    events = drive(tmp_path, first, stop_after=9)
+    first = Shuffled(4, seed)
+    events = drive(tmp_path, first, stop_after=stop_after)
     told = {event.candidate for event in events if isinstance(event, Trial)}
     waiting = {candidate for candidate, _ in first.ran} - told
     assert waiting, "the seed must leave a result waiting"
-    second = Shuffled(4, 8)
+    second = Shuffled(4, seed + 1)
     drive(tmp_path, second)
     assert not waiting & {candidate for candidate, items in second.ran if items == "search"}
 

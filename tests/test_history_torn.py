@@ -229,6 +229,31 @@ def test_damage_before_a_whole_record_is_refused_and_the_way_out_works(original:
         assert history.events() == events(6)
 
 
+def test_of_records_that_were_written_together_a_disk_may_lose_any(original: Path, tmp_path: Path) -> None:
+    """Before the sync returns, a later block of a write may be on disk and an earlier one not: nobody was told."""
+    with open_small(tmp_path / "h") as history:
+        for one in events(2):
+            history.append(one)
+        history.append_all(events(5, start=2))
+        history.append_all(events(6, start=5))
+        history.append_all(events(10, start=6))
+        assert history.events() == events(10)
+    data, ends = (tmp_path / "h" / LIVE).read_bytes(), record_ends(tmp_path / "h")
+    assert len(ends) == 6
+    for lost in range(2, 5):  # of events 6 to 9, the last of which stays
+        holed = data[: ends[lost - 1]] + bytes(ends[lost] - ends[lost - 1]) + data[ends[lost] :]
+        folder = Path(shutil.copytree(tmp_path / "h", tmp_path / str(lost)))
+        (folder / LIVE).write_bytes(holed)
+        with open_small(folder) as history:
+            assert history.events() == events(5 + lost - 1)
+            assert history.recovered is not None
+    harmed = data[: ends[0]] + bytes(ends[1] - ends[0]) + data[ends[1] :]
+    (tmp_path / "h" / LIVE).write_bytes(harmed)
+    # Event 5 was synced before event 6 was written.
+    with pytest.raises(HistoryError, match=f"damaged at byte {ends[0]}, before a whole record"):
+        open_small(tmp_path / "h")
+
+
 def test_a_lost_or_repeated_record_is_damage(original: Path, folder: Path) -> None:
     ends = record_ends(original)
     data = (original / LIVE).read_bytes()

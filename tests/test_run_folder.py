@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -17,8 +18,11 @@ from hypothesis import strategies as st
 
 from evaluators.errors import MeiosisError
 from search.errors import RunError, UserError
+from search.store.columns import encode
 from search.store.events import Trial
 from search.store.run_folder import RunFolder
+from search.store.segment import header
+from search.store.side_files import SideFiles
 from search.store.spool import Spool
 
 ROOT = Path(__file__).parent.parent
@@ -223,7 +227,7 @@ def _trial(candidate: int) -> Trial:
 
 
 def test_the_spool_gives_back_what_was_put_until_it_is_dropped(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool")
+    spool = Spool(tmp_path / "spool", trials_per_file=1)
     assert spool.take_all() == {}
     for candidate in (11, 3, 7):
         spool.put(candidate, "search", _trial(candidate))
@@ -237,15 +241,20 @@ def test_the_spool_gives_back_what_was_put_until_it_is_dropped(tmp_path: Path) -
     assert set(Spool(tmp_path / "spool").take_all()) == {(3, "search"), (11, "search")}
 
 
+def _older_entry(folder: Path, candidate: int) -> Path:
+    """What a spool of an older version kept: a file per trial, named and numbered by its key."""
+    path = folder / f"{candidate:08d}-search.arrow"
+    path.write_bytes(header() + encode(_trial(candidate), candidate, SideFiles(folder, math.inf)))
+    return path
+
+
 def test_damaged_entries_of_the_spool_are_removed_and_the_others_stay(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    for candidate in (1, 2):
-        spool.put(candidate, "search", _trial(candidate))
-    path = tmp_path / "00000001-search.arrow"
+    path, other = (_older_entry(tmp_path, candidate) for candidate in (1, 2))
     data = path.read_bytes()
     harmed = [data[:size] for size in range(0, len(data), 97)]
     harmed += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data) - 2000, len(data), 97)]
-    harmed += [data + b"\0", data + data, b"\xff" * 100, (tmp_path / "00000002-search.arrow").read_bytes()]
+    harmed += [data + b"\0", data + data, b"\xff" * 100, other.read_bytes()]
     for content in harmed:
         path.write_bytes(content)
         assert spool.take_all() == {(2, "search"): _trial(2)}
@@ -254,3 +263,47 @@ def test_damaged_entries_of_the_spool_are_removed_and_the_others_stay(tmp_path: 
         (tmp_path / name).write_bytes(data)
     assert spool.take_all() == {(2, "search"): _trial(2)}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["00000002-search.arrow", "items"]
+    spool.drop(2, "search")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["items"]
+
+
+def test_a_file_of_the_spool_cut_or_harmed_anywhere_gives_back_whole_trials_only(tmp_path: Path) -> None:
+    candidates = (5, 3, 8, 1)
+    Spool(tmp_path).put_all([_trial(candidate) for candidate in candidates])
+    (path,) = tmp_path.glob("*.arrows")
+    data = path.read_bytes()
+    beginnings = [{(c, "search"): _trial(c) for c in candidates[:count]} for count in range(5)]
+    seen = set()
+    for size in range(0, len(data), 61):
+        path.write_bytes(data[:size])
+        found = Spool(tmp_path).take_all()
+        assert found in beginnings
+        assert path.exists() == bool(found)
+        seen.add(len(found))
+    assert seen == {0, 1, 2, 3}
+    for at in range(len(header()), len(data), 61):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert Spool(tmp_path).take_all() in beginnings
+    path.write_bytes(data + b"garbage")
+    spool = Spool(tmp_path)
+    assert spool.take_all() == beginnings[4]
+    spool.put_all([_trial(9)])  # goes to a file of its own
+    assert set(Spool(tmp_path).take_all()) == {*beginnings[4], (9, "search")}
+
+
+def test_files_of_the_spool_go_when_nothing_waits_in_them(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, trials_per_file=3)
+    candidates = [c for c in range(40) if _trial(c).scores]
+    files = lambda: len(list(tmp_path.glob("*.arrows")))  # noqa: E731
+    for first in range(0, 12, 2):
+        spool.put_all([_trial(candidate) for candidate in candidates[first : first + 2]])
+    assert files() == 3
+    for candidate in candidates[:10]:
+        spool.drop(candidate, "search")
+    assert files() == 1
+    assert set(Spool(tmp_path).take_all()) >= {(candidate, "search") for candidate in candidates[10:12]}
+    for candidate in candidates[10:12]:
+        spool.drop(candidate, "search")
+    spool.tidy()
+    assert files() == 0
+    assert Spool(tmp_path).take_all() == {}

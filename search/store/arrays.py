@@ -7,8 +7,9 @@ needed for anything else.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,20 +24,24 @@ ScoreRows = list[tuple[str, NDArray[np.float64]]]
 
 def one(kind: pa.DataType, value: object) -> pa.Array:
     """An array of `kind` with the one element `value`."""
+    return _null(kind) if value is None else _maker(kind)(value)
+
+
+@cache
+def _maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
+    """What makes an array of one element that is not null. Looked up for every column of every record."""
     import pyarrow as pa
 
-    if value is None:
-        return _null(kind)
     if pa.types.is_string(kind):
-        return texts([cast(str, value)])
+        return lambda value: texts([value])
     if pa.types.is_list(kind):
-        return lists([cast("NDArray[np.float64]", value)], kind)
+        return lambda value: lists([value], kind)
     if pa.types.is_map(kind):
-        return _map(kind, value)
+        return lambda value: _map(kind, value)
     if pa.types.is_boolean(kind):
-        return pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(b"\x01" if value else b"\x00")])
-    layout = "<d" if pa.types.is_floating(kind) else "<I" if kind == pa.uint32() else "<q"
-    return pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(struct.pack(layout, value))])
+        return lambda value: pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(b"\x01" if value else b"\x00")])
+    pack = struct.Struct("<d" if pa.types.is_floating(kind) else "<I" if kind == pa.uint32() else "<q").pack
+    return lambda value: pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(pack(value))])
 
 
 @cache
@@ -88,7 +93,7 @@ def _floats(values: NDArray[np.float64]) -> pa.Array:
 def _offsets(values: Sequence[Any]) -> pa.Buffer:
     import pyarrow as pa
 
-    return pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))
+    return pa.py_buffer(struct.pack(f"<{len(values) + 1}i", 0, *accumulate(map(len, values))))
 
 
 def score_rows(column: pa.ChunkedArray) -> list[ScoreRows]:

@@ -29,10 +29,11 @@
 | bytes_read | int64 | bytes of the models that the merge read |
 | bytes_moved | int64 | bytes of messages between driver and worker |
 | verdict | string | JSON of `end`, of `limit` (limit, used) and of `extended` (the budget from there on) |
-| crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, which hold this column |
+| crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, and of its place unless 0 |
 
 Columns that do not belong to a kind of event are null. There are no dictionary columns: they would
-need messages of their own, and a record would no longer stand for itself.
+need messages of their own, and a record would no longer stand for itself. The last 8 bytes of a record hold
+the column crc32 and, in what pads it, the place of the record among those that were written with one sync.
 
 Columns came to be over time. A history that was begun without those in `ADDED` is read as if they were null
 there, and goes on in a new segment that has them. A new column is added to both tables and to `ADDED`; it
@@ -67,7 +68,7 @@ ADDED = frozenset({"node", "started_at", "queue_seconds", "bytes_read", "bytes_m
 
 _UNSET = 0xFFFFFFFF
 _CRC_BYTES = 8
-"""The last buffer of a record is the crc32 column: 4 bytes, padded to 8."""
+"""The last buffer of a record is the crc32 column: 4 bytes, and 4 of padding, which hold the place."""
 
 
 @cache
@@ -117,6 +118,11 @@ def schema() -> pa.Schema:
     )
 
 
+@cache
+def _types() -> tuple[tuple[str, pa.DataType], ...]:
+    return tuple((field.name, field.type) for field in schema())
+
+
 def is_current(found: pa.Schema) -> bool:
     """Whether the columns are those of `schema`. What Arrow calls the inside of a map may differ."""
     return bool(found.equals(schema()) and found.metadata == schema().metadata)
@@ -146,23 +152,39 @@ def completed(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema())
 
 
-def encode(event: Event, seq: int, side: SideFiles) -> bytes:
-    """The Arrow IPC message of an event; its item ids and large scores are on disk when this returns."""
+def encode(event: Event, seq: int, side: SideFiles, place: int = 0) -> bytes:
+    """The Arrow IPC message of an event; its item ids and large scores are on disk when this returns.
+
+    Args:
+        place: how many records are written before it with the same sync. A disk may lose those and keep this one.
+    """
     import pyarrow as pa
 
     row = _row(event, seq, side)
-    columns = schema()
-    arrays = [one(field.type, row.get(field.name)) for field in columns]
-    message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=columns).serialize())
+    arrays = [one(kind, row.get(name)) for name, kind in _types()]
+    message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=schema()).serialize())
     if message[-_CRC_BYTES:] != struct.pack("<II", _UNSET, 0):
         raise AssertionError("Arrow does not lay out a record as expected: crc32 is not its last buffer")
-    message[-_CRC_BYTES:] = struct.pack("<II", zlib.crc32(memoryview(message)[:-_CRC_BYTES]), 0)
+    message[-_CRC_BYTES:] = _tail(memoryview(message)[:-_CRC_BYTES], place)
     return bytes(message)
 
 
 def is_whole(record: memoryview) -> bool:
     """Whether the bytes of a record are those that `encode` made."""
-    return bytes(record[-_CRC_BYTES:]) == struct.pack("<II", zlib.crc32(record[:-_CRC_BYTES]), 0)
+    return bytes(record[-_CRC_BYTES:]) == _tail(record[:-_CRC_BYTES], place_of(record))
+
+
+def place_of(record: memoryview) -> int:
+    """The place of a whole record among those that were written with one sync, from 0."""
+    (place,) = struct.unpack("<I", record[-_CRC_BYTES // 2 :])
+    return int(place)
+
+
+def _tail(body: memoryview, place: int) -> bytes:
+    checksum = zlib.crc32(body)
+    if place:  # without it the checksum is that of records from before there were places
+        checksum = zlib.crc32(struct.pack("<I", place), checksum)
+    return struct.pack("<II", checksum, place)
 
 
 def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -139,19 +139,31 @@ class History:
         sync_folder(self.folder)
 
     def append(self, event: Event) -> None:
-        """Record an event; it is durable on return.
+        """Record an event; it is durable on return. Raises as `append_all` does."""
+        self.append_all((event,))
+
+    def append_all(self, events: Sequence[Event]) -> None:
+        """Record events in their order, with one sync for all; they are durable on return.
+
+        A crash before that leaves the first of them, or none.
 
         Raises:
-            HistoryError: the disk is full or fails. The event is not recorded, what was written of it is
-                taken back, and this object takes no more.
-            ValueError: scores whose shape does not fit their items.
+            HistoryError: the disk is full or fails. Those events that would be in one segment with the first
+                that failed are not recorded, what was written of them is taken back, and this object takes no more.
+            ValueError: scores whose shape does not fit their items; of its segment nothing is recorded.
         """
-        live = self._writable()
-        with self._failing_for_good(f"cannot write event {len(self)}"):
-            if live.rows >= self.events_per_segment:
-                self.seal()
-                live = self._writable()
-            live.append(encode(event, len(self), self._side))
+        rest = list(events)
+        while rest:
+            live = self._writable()
+            with self._failing_for_good(f"cannot write event {len(self)}"):
+                if live.rows >= self.events_per_segment:
+                    self.seal()
+                    live = self._writable()
+                room = self.events_per_segment - live.rows
+                together, rest = rest[:room], rest[room:]
+                first = len(self)
+                records = [encode(one, first + place, self._side, place) for place, one in enumerate(together)]
+                live.append(b"".join(records), len(records))
 
     def seal(self) -> None:
         """Turn the live segment into a Parquet part and begin the next one.
@@ -212,7 +224,7 @@ class History:
 
     @property
     def _sealed_rows(self) -> int:
-        return sum(part.rows for part in self._parts)
+        return self._parts[-1].last_seq + 1 if self._parts else 0
 
     def digest(self) -> str:
         """sha256 over what is deterministic in all events, in order."""

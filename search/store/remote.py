@@ -41,6 +41,7 @@ _PARTS = "history/manifest.json"
 _ITEMS = "history/items/"  # every list under its hash
 _TRIES = 5
 _LOCAL = ("workers", "remote")
+_SEGMENT = re.compile(r"history/[^/]+\.arrows")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _WHOLE_ON_CLOSE = ("s3", "gcs", "abfs")
 """Stores in which an object appears when it is whole; elsewhere a file is written under another name first."""
@@ -254,7 +255,7 @@ class Mirror:
         # reads (see `download_run`).
         if listed is not None:
             self._send(_PARTS, listed)
-        for name in [name for name in self._sent if name.endswith(".arrows") and name != f"history/{live}"]:
+        for name in [name for name in self._sent if _SEGMENT.fullmatch(name) and name != f"history/{live}"]:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
@@ -322,7 +323,7 @@ def _download_once(store: Store, folder: Path) -> None:
     parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
     counted = {f"history/{name}" for name in (*parts, f"{len(parts):06d}.arrows")}
     for name in names:
-        segment = name.startswith("history/part-") or name.endswith(".arrows")
+        segment = name.startswith("history/part-") or _SEGMENT.fullmatch(name)
         unfinished = (segment and name not in counted) or (name.startswith("best/") and _BEST not in names)
         if name not in (DRIVER, _PARTS) and not unfinished:
             store.download(name, folder / name)

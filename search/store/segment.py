@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from search.errors import HistoryError
 from search.store.atomic import make_folder, write_all, write_atomic
-from search.store.columns import completed, is_current, is_readable, is_whole, schema
+from search.store.columns import completed, is_current, is_readable, is_whole, place_of, schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,8 +76,8 @@ def scan(path: Path, data: bytes, first_seq: int) -> Scan:
         first_seq: number of the first event of the segment.
 
     Raises:
-        HistoryError: damage that no interrupted append explains, because a whole record follows it;
-            or a record that does not belong here; or columns of another version.
+        HistoryError: damage that no interrupted append explains, because a whole record of a later append
+            follows it; or a record that does not belong here; or columns of another version.
     """
     import pyarrow as pa
 
@@ -163,14 +163,19 @@ def _record(data: bytes, at: int) -> _Message | None:
     return message if is_whole(memoryview(data)[at : message.end]) else None
 
 
-def _later_record(data: bytes, start: int, least_seq: int | None, columns: pa.Schema) -> int | None:
-    """Where a whole record of event `least_seq` or later (None: of any columns) begins after `start`."""
+def _later_record(data: bytes, start: int, lost_seq: int | None, columns: pa.Schema) -> int | None:
+    """Where a whole record begins after `start` that was written when event `lost_seq` was durable already.
+
+    None for `lost_seq`: a record of any columns. A record that was written with the lost one proves nothing: of
+    what is not synced yet, a disk keeps what it likes.
+    """
     at = data.find(_MARK, start)
     while at >= 0:
         record = _record(data, at)
         if record is not None:
-            batch = None if least_seq is None else _batch(record, columns)
-            if least_seq is None or (batch is not None and _seq(batch) >= least_seq):
+            batch = None if lost_seq is None else _batch(record, columns)
+            place = place_of(memoryview(data)[at : record.end])
+            if lost_seq is None or (batch is not None and _seq(batch) - place >= lost_seq + (place > 0)):
                 return at
         at = data.find(_MARK, at + 1)
     return None
@@ -223,15 +228,15 @@ class Segment:
         self.path, self.size_bytes, self.rows = path, size_bytes, rows
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def append(self, record: bytes) -> None:
-        """Write a record; it is durable on return.
+    def append(self, records: bytes, count: int) -> None:
+        """Write `count` records; they are durable on return.
 
         Raises:
-            OSError: it could not be written; what was written of it is taken back.
+            OSError: they could not be written; what was written of them is taken back.
         """
-        end, rows = self.size_bytes + len(record), self.rows + 1
+        end, rows = self.size_bytes + len(records), self.rows + count
         try:
-            write_all(self._descriptor, record, self.size_bytes)
+            write_all(self._descriptor, records, self.size_bytes)
             os.fsync(self._descriptor)
             self.size_bytes, self.rows = end, rows
         except BaseException:
