@@ -174,7 +174,10 @@ def test_a_limit_by_time_is_recorded_and_holds_when_the_clock_says_otherwise(
     assert "budget of 45 candidates" in why_ended(45, limit_in_force(extended), Budget(45))
 
 
-def test_a_driver_that_dies_after_the_limit_finishes_what_was_in_flight_and_asks_no_more(tmp_path: Path) -> None:
+def test_a_driver_that_dies_after_the_limit_finishes_what_was_in_flight_and_asks_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.driver.STEPS", 1)  # so that it can die after every event
     budget = Budget(45, wall_clock=30)
     whole = drive(tmp_path / "whole", Shuffled(4, 1), budget, seconds=Clock())
     moment = next(number for number, event in enumerate(whole) if isinstance(event, LimitReached))

@@ -33,6 +33,9 @@ def scores(**changes: Any) -> Outcome:
         (replace(GOOD, merge_seconds="1"), "merge_seconds is str"),
         (replace(GOOD, evaluate_seconds=float("nan")), "expected at least 0"),
         (replace(GOOD, weights_sha256=7), "weights_sha256 is int"),
+        (replace(GOOD, bytes_read="many"), "bytes_read is 'many', expected a number of bytes"),
+        (replace(GOOD, bytes_read=-1), "bytes_read is -1"),
+        (replace(GOOD, bytes_read=2**63), "bytes_read is 9223372036854775808"),
         (replace(GOOD, failure="broken"), "outcome.failure is str"),
         (replace(GOOD, failure=Failure("error", "broken")), "a failure and scores"),
         (Outcome(3, "search", failure=Failure("odd", "broken")), "kind is 'odd'"),  # type: ignore[arg-type]

@@ -17,9 +17,11 @@ from history_bodies import event, events, open_small
 
 from search.errors import RunError, UserError
 from search.store import remote
+from search.store.events import Trial
 from search.store.history import History, digest
 from search.store.remote import DRIVER, Mirror, Store, download_run, mirrored
 from search.store.remote_run import fetch, working_root
+from search.store.spool import Spool
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,38 @@ def test_at_every_copy_the_history_there_is_whole(tmp_path: Path) -> None:
             mirror.push()
             assert content(url, tmp_path / "copy") == events(number + 1)
     assert [path.name for path in (tmp_path / "there" / "history").glob("*.arrows")] == ["000004.arrows"]
+
+
+def test_results_that_wait_are_there_until_the_history_has_them(tmp_path: Path) -> None:
+    url, folder = f"file://{tmp_path}/there", tmp_path / "here"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("{}")
+    (folder / "tracking" / "wandb").mkdir(parents=True)
+    (folder / "tracking" / "wandb" / "id").write_text("abc")
+    (folder / "log.jsonl").write_text("{}\n")
+    mirror, spool = Mirror(folder, Store.open(url)), Spool(folder / "spool", trials_per_file=2)
+    waiting = [one for one in events(20) if isinstance(one, Trial)][:5]
+    with open_small(folder / "history") as history:
+        for trial in waiting:
+            spool.put_all([trial])
+            mirror.push()
+        content(url, tmp_path / "copy")
+        found = Spool(tmp_path / "copy" / "spool").take_all()
+        assert list(found.values()) == waiting
+        for trial in waiting:
+            history.append(trial)
+            spool.drop(trial.candidate, trial.items)
+            mirror.push()
+            kept = content(url, tmp_path / "copy")
+            there = Spool(tmp_path / "copy" / "spool").take_all().values()
+            assert {one.candidate for one in (*kept, *there) if isinstance(one, Trial)} == {
+                one.candidate for one in waiting
+            }
+    spool.tidy()
+    mirror.push()
+    assert not list((tmp_path / "there" / "spool").glob("*.arrows"))
+    assert (tmp_path / "there" / "tracking" / "wandb" / "id").read_text() == "abc"
+    assert (tmp_path / "there" / "log.jsonl").read_text() == "{}\n"
 
 
 class Failing(Store):

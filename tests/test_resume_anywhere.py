@@ -15,9 +15,11 @@ import yaml
 from command_line import ROOT, Ended, meiosis, short, write_config
 from family import DOMAINS, config_of
 
+from search.budget import Used
 from search.finals import Verdict
 from search.store.events import Ask, End, Event, LimitReached, Trial
 from search.store.history import History, digest
+from search.store.sessions import Sessions
 
 
 def events(run: Path) -> list[Event]:
@@ -81,6 +83,8 @@ def test_both_verdicts_stay_and_the_model_is_that_of_the_second(extended: dict[s
     assert "budget of 14 candidates" in extended["second"].err
     assert "14/14 candidates" in extended["second"].err
     status = meiosis("status", run, "--json").json
+    used = Used.of(events(run), Sessions(run / "sessions.json"))
+    assert status["used"]["item_evaluations"] == used.item_evaluations > 0
     assert (status["state"], status["done"], status["budget"], status["sessions"]) == ("finished", 14, 14, 2)
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
@@ -282,6 +286,8 @@ def test_a_run_of_one_process_goes_on_with_ray_and_the_other_way_round(
     ended = meiosis("resume", run, "--pool", "ray", "--workers", 1)
     assert ended.status == 0, ended.err
     assert digest(events(run)) == digest(events(undisturbed))
+    (node,) = meiosis("status", run, "--json").json["workers"]["nodes"]
+    assert (node["state"], len(node["workers"])) == ("in use", 1)
     config["cluster"]["pool"] = "ray"
     (tmp_path / "second").mkdir()
     config["results"] = str(tmp_path / "second")
