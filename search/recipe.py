@@ -150,10 +150,17 @@ class Recipe(BaseModel):
             assigned[name] = self.rules[min(matches)]
         missing = sorted(set(exact) - set(names))
         if missing:
-            raise RecipeError(f"rules[{exact[missing[0]]}].tensors: the models have no tensor '{missing[0]}'")
+            from search.errors import nearest
+
+            where, hint = f"rules[{exact[missing[0]]}].tensors", nearest(missing[0], names)
+            raise RecipeError(f"{where}: the models have no tensor '{missing[0]}'{hint}")
         idle = [(index, pattern) for index, pattern in wild if (index, pattern) not in used]
         if idle:
-            raise RecipeError(f"rules[{idle[0][0]}].tensors: no tensor of the models matches '{idle[0][1]}'")
+            index, pattern = idle[0]
+            raise RecipeError(
+                f"rules[{index}].tensors: no tensor of the models matches '{pattern}'; "
+                f"they have names such as {', '.join(map(repr, names[:: max(1, len(names) // 3)][:3]))}"
+            )
         return assigned
 
     def canonical(self) -> dict[str, Any]:

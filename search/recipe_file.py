@@ -26,7 +26,11 @@ def read_recipe(path: Path, report: Callable[[str], None] = lambda _: None) -> R
         RecipeError: a rule that names a model which the recipe does not have, or that its operator cannot
             carry out.
     """
+    if (path / "recipe.yaml").is_file():
+        raise ConfigError(f"{path}: is a folder, expected a YAML file such as {path / 'recipe.yaml'}")
     source = YamlSource.read(path)
+    if "evaluators" in source.data and "objectives" in source.data:
+        raise ConfigError(f"{path}: is the config of a search, not a recipe; run it with: meiosis search {path}")
     if is_merge_file(source.data):
         from search.mergekit.reader import read_merge_file
 

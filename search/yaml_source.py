@@ -35,7 +35,8 @@ class YamlSource:
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}{_mark(error)}: not valid YAML: {_problem(error)}") from error
         if not isinstance(self.data, dict) or not isinstance(self._root, yaml.MappingNode):
-            raise ConfigError(f"{name}: expected a mapping of keys at the top, found {type(self.data).__name__}")
+            found = "nothing: the file is empty" if self.data is None else type(self.data).__name__
+            raise ConfigError(f"{name}: expected a mapping of keys at the top, found {found}")
         faults = list(self._repeated(self._root, ()))
         if faults:
             raise ConfigError("\n".join(faults))
@@ -171,6 +172,8 @@ def _message(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"unknown key{nearest(str(item['loc'][-1]), _fields_at(model, item['loc'][:-1]))}"
     if kind == "missing":
         return "missing; this key must be given"
+    if kind == "too_short":
+        return "is empty; expected at least 1 item"
     if kind == "literal_error":
         return f"{value!r} is not possible; expected {context['expected']}"
     if kind == "value_error":

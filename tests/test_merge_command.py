@@ -29,7 +29,7 @@ SLOW_DISK = """
 import os, time
 write = os.pwrite
 def slow(descriptor, data, place):
-    time.sleep(0.15)
+    time.sleep(0.4)
     return write(descriptor, data, place)
 os.pwrite = slow
 """

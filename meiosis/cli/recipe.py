@@ -115,6 +115,9 @@ def slerp_command(
     """Spherical interpolation; with a curve, tensors outside of the layers take --t."""
     from search.recipe_making import slerp
 
+    for share in curve:
+        if not 0.0 <= share <= 1.0:
+            raise click.BadParameter(f"found {share:g}, expected 0 (FIRST) to 1 (SECOND)", param_hint="'--t-curve'")
     _written(lambda: slerp(first, second, t, curve, base), output)
 
 

@@ -179,5 +179,6 @@ def main() -> None:
         threads=order["threads"],
         plan=FamilyPlan.model_validate(order["plan"]),
         # Raises BrokenPipeError, and so ends the training, when the one who ordered it is gone.
-        report=lambda line: print(line, flush=True),
+        # Two specialists report at once, and what `print` writes in two parts could be torn apart.
+        report=lambda line: print(line + "\n", end="", flush=True),
     )

@@ -14,18 +14,22 @@ DONT_NEED = 4
 """`MADV_DONTNEED`: pages of a private mapping of a file are read again from it when they are next touched."""
 
 
-M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 1 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE_BYTES = 1 << 22
+KEPT_BYTES = 1 << 26
 
 
 def return_large_blocks() -> None:
     """From now on, memory of large tensors goes back to the system when they are freed (glibc only).
 
     By default glibc keeps freed blocks of up to 32 MiB for later, in pieces where threads free what others
-    took: measured as 25 tensors of 4 MiB where 4 were alive.
+    took: measured as 25 tensors of 4 MiB where 4 were alive. Smaller ones, as what is computed block by block makes
+    them, are kept: a page that is had anew for each costs more than the arithmetic on it.
     """
     try:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     except (OSError, AttributeError):
         return
 

@@ -180,13 +180,17 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def check_not_a_source(out: Path, sources: Mapping[str, Checkpoint]) -> None:
-    """Raise `UserError` if `out`, which would be replaced, is one of the models that are merged.
+    """Raise `UserError` if `out` is one of the models that are merged, or lies in the folder of one.
 
     The recipe beside the output would name the output, and could not be carried out again.
     """
     for name, source in sources.items():
         if source.folder.resolve() == Path(out).resolve():
             raise UserError(f"{out}: is the model '{name}' of this merge; choose another folder for the output")
+        if source.folder.resolve() in Path(out).resolve().parents:
+            raise UserError(
+                f"{out}: lies in the folder of the model '{name}' of this merge; choose a folder outside of it"
+            )
 
 
 def _expected_bytes(layout: Sequence[Planned] | None, donor: Checkpoint, target: str | None) -> int:

@@ -17,7 +17,7 @@ from search.merge.narrow import NARROW
 from search.merge.operator import Block, Inputs
 from search.torch_threads import one_thread
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 """Elements of a tensor handled at once where rows have to stay whole."""
 
 
