@@ -92,8 +92,6 @@ def lay_out(model: torch.nn.Module, layout: Layout) -> None:
 
     State dict and signature of the model stay as they are, and a deep copy is a model of its own.
     """
-    from accelerate import dispatch_model
-
     device_map = layout.device_map
     # Moved by torch, which leaves parameters the objects that they are: accelerate makes others, ties these again, and
     # moves modules alone, not what a module that is split has beside its children.
@@ -104,11 +102,18 @@ def lay_out(model: torch.nn.Module, layout: Layout) -> None:
             device = device_map.get(f"{module_name}.{name}" if module_name else name)
             if device is not None:
                 tensor.data = tensor.data.to(device)
+    add_hooks(model, layout)
+
+
+def add_hooks(model: torch.nn.Module, layout: Layout) -> None:
+    """Give a model whose tensors are at their places the hooks that move what it computes from one to the next."""
+    from accelerate import dispatch_model
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following device_map keys do not match")  # the same tensors
         dispatch_model(
             model,
-            device_map,
+            layout.device_map,
             main_device=layout.devices[0],
             # Caches are made layer by layer, each where its layer is.
             skip_keys=getattr(model, "_skip_keys_device_placement", None),
