@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,6 +84,7 @@ class Supervisor:
         self._idle: deque[Slot] = deque()
         self._greeted = self._start_deaths = self._idle_deaths = self._expected = 0
         self._gathered = self._all_up = False
+        self._layouts: list[Mapping[str, Any]] = []
         now = time.monotonic()
         self._next_look = now
         self._gather_until = FOREVER if patient else now + GATHER_SECONDS
@@ -262,6 +263,9 @@ class Supervisor:
             self._rest(slot)
             self._start_deaths = 0
             emit("worker_ready", worker=slot.name, node=slot.host)
+            if message.layout is not None and message.layout not in self._layouts:
+                self._layouts.append(message.layout)  # told once, since workers on equal GPUs have equal ones
+                emit("layout", worker=slot.name, node=slot.host, **message.layout)
             if not self._all_up:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")

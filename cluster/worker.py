@@ -164,7 +164,8 @@ class Worker:
 
             threadpool_limits(plan.threads)
             # After the body loaded them: what is hashed is what runs.
-            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators))
+            layout = getattr(self._body, "layout", None)
+            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators), layout)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by the driver
             return _start_error(error)
         return pickle.dumps(built)
@@ -198,10 +199,15 @@ class Greeting:
 
 @dataclass(frozen=True)
 class Built:
-    """A worker can take jobs: on which node, and with which evaluators, see `handshake.evaluator_sources`."""
+    """A worker can take jobs: on which node, and with which evaluators, see `handshake.evaluator_sources`.
+
+    Attributes:
+        layout: what of its model is on which of several GPUs, see `search.device_map.Layout.as_data`; None on one.
+    """
 
     node: str
     evaluators: Mapping[str, Package]
+    layout: Mapping[str, Any] | None = None
 
 
 def _warm(files: Sequence[Path]) -> None:
