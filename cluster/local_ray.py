@@ -3,7 +3,8 @@
 What is decided here, and why:
 
 * Our own Ray listens on loopback only, asks for a token, has no dashboard, sends no usage statistics
-  (unless `RAY_USAGE_STATS_ENABLED` says otherwise) and keeps its files in a folder of its own.
+  (unless `RAY_USAGE_STATS_ENABLED` says otherwise) and keeps its files in a folder of its own. Whoever wants Ray
+  on the network starts it with `ray start` and names its address.
 * Ray prints death reports of workers on stdout, from a thread of the driver. Results are what belongs
   on stdout, so while Ray runs, what Ray's threads print goes to a log file instead.
 * Ray replaces the handlers of SIGTERM and SIGINT when it starts; they are put back.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import ipaddress
 import os
 import re
 import secrets
@@ -41,12 +43,13 @@ socket's path ends at 107 bytes."""
 
 @dataclass
 class Session:
-    """Ray as this process has it. `own`: it is on this machine, started by us."""
+    """Ray as this process has it. `own`: it is on this machine, started by us. `asks_for_token`: of who connects."""
 
     address: str
     own: bool
     added_path: tuple[str, ...]
     folder: Path | None = None
+    asks_for_token: bool = True
     _lock: IO[str] | None = None
     _stdout: _SplitStdout | None = None
     _users: int = field(default=1)
@@ -120,7 +123,7 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
     stdout = _SplitStdout(log)
     options: dict[str, Any] = {} if with_gpus else {"num_gpus": 0}
     try:
-        with _same_signal_handlers():
+        with _same_signal_handlers(), _on_loopback():
             context = ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -132,6 +135,12 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
                 _node_ip_address="127.0.0.1",
                 **options,
             )
+        node = context.address_info["node_ip_address"]
+        if not ipaddress.ip_address(node).is_loopback:
+            raise WorkerError(
+                f"Ray {ray.__version__} would listen on {node}, where others may reach it; install the version that "
+                "requirements.lock names, or start it yourself with 'ray start --head' and name it in cluster.address"
+            )
     except BaseException as error:
         ray.shutdown()
         stdout.restore()
@@ -140,7 +149,7 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
         if isinstance(error, Exception):
             raise WorkerError(f"Ray cannot be started on this machine: {_line(error)}") from error
         raise
-    session = Session(context.address_info["address"], True, _added_path(), folder, lock, stdout)
+    session = Session(context.address_info["address"], True, _added_path(), folder, _lock=lock, _stdout=stdout)
     atexit.register(_close_at_exit, session)
     return session
 
@@ -158,18 +167,67 @@ def _join(address: str, log: Path | None) -> Session:
         ) from error
     stdout = _SplitStdout(log)
     try:
+        asked = _asks_for_token(address)
         with _same_signal_handlers():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except BaseException as error:
         ray.shutdown()
         stdout.restore()
+        if isinstance(error, WorkerError):
+            raise
         if isinstance(error, Exception):
             raise WorkerError(
                 f"the Ray cluster at '{address}' cannot be joined: {_line(error).partition('[')[0]}; if it asks for a "
                 "token, set RAY_AUTH_MODE=token here and give the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)"
             ) from error
         raise
-    return Session(address, False, _added_path(), _stdout=stdout)
+    return Session(address, False, _added_path(), asks_for_token=asked, _stdout=stdout)
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether the cluster refuses who has no token.
+
+    Without a token here, who can join has the answer: then this says that it does not ask, and otherwise the join
+    fails. With one it is tried out, since a cluster that asks for none takes any, and then its workers are refused by
+    this process.
+
+    Raises:
+        WorkerError: this process has a token, and the cluster does not ask for it.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    if mode == "disabled":
+        return False
+    import ray
+    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]  # compiled
+
+    try:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        Config.initialize("")  # reads it again, as Ray itself does where it turns tokens on
+        with _quiet_stderr():
+            GcsClient(address=address).internal_kv_keys(b"meiosis", None, timeout=CONNECT_SECONDS)
+    except ray.exceptions.RayError:  # refused; what else is wrong, the join itself says better
+        return True
+    finally:
+        os.environ["RAY_AUTH_MODE"] = mode
+        Config.initialize("")
+    raise WorkerError(
+        f"the Ray cluster at '{address}' asks for no token, but RAY_AUTH_MODE={mode} is set here, so its workers could "
+        "not answer; start its nodes with RAY_AUTH_MODE=token and the same token, or set RAY_AUTH_MODE=disabled here"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what is written to stderr, by C++ as well: Ray warns there that it was refused."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _close_at_exit(session: Session) -> None:
@@ -231,6 +289,25 @@ def _make_folder() -> tuple[Path, IO[str]]:
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (folder / "unlocked").rename(folder / "lock")  # locked before anybody can find it by that name
     return folder, held
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let the Ray that is started meanwhile have a loopback address, on which alone its processes then listen.
+
+    Ray takes an address of loopback for a mistake and puts the machine's own in its place, where nodes of a cluster
+    would look for each other; then all its ports are open to the network. It does not on macOS and Windows, where
+    `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER` is off by default. Ray reads that once, when it is imported, which a program
+    that uses us may have done long ago.
+    """
+    from ray._private import ray_constants
+
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
