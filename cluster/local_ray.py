@@ -18,7 +18,6 @@ import fcntl
 import ipaddress
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -30,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cluster.access import CONNECT_SECONDS, asks_for_token, ensure_token, on_loopback
 from search.errors import UserError, WorkerError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
-CONNECT_SECONDS = 5.0
 _PREFIX = "meiosis-"
 _LONGEST_BASE = 22
 """Longest folder for Ray's files: below it come 68 characters of Ray's own and a name of 17, and a
@@ -118,12 +117,12 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
 def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
     import ray
 
-    _ensure_token()
+    ensure_token()
     folder, lock = _make_folder()
     stdout = _SplitStdout(log)
     options: dict[str, Any] = {} if with_gpus else {"num_gpus": 0}
     try:
-        with _same_signal_handlers(), _on_loopback():
+        with _same_signal_handlers(), on_loopback():
             context = ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -167,7 +166,7 @@ def _join(address: str, log: Path | None) -> Session:
         ) from error
     stdout = _SplitStdout(log)
     try:
-        asked = _asks_for_token(address)
+        asked = asks_for_token(address)
         with _same_signal_handlers():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except BaseException as error:
@@ -184,52 +183,6 @@ def _join(address: str, log: Path | None) -> Session:
     return Session(address, False, _added_path(), asks_for_token=asked, _stdout=stdout)
 
 
-def _asks_for_token(address: str) -> bool:
-    """Whether the cluster refuses who has no token.
-
-    Without a token here, who can join has the answer: then this says that it does not ask, and otherwise the join
-    fails. With one it is tried out, since a cluster that asks for none takes any, and then its workers are refused by
-    this process.
-
-    Raises:
-        WorkerError: this process has a token, and the cluster does not ask for it.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    if mode == "disabled":
-        return False
-    import ray
-    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]  # compiled
-
-    try:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-        Config.initialize("")  # reads it again, as Ray itself does where it turns tokens on
-        with _quiet_stderr():
-            GcsClient(address=address).internal_kv_keys(b"meiosis", None, timeout=CONNECT_SECONDS)
-    except ray.exceptions.RayError:  # refused; what else is wrong, the join itself says better
-        return True
-    finally:
-        os.environ["RAY_AUTH_MODE"] = mode
-        Config.initialize("")
-    raise WorkerError(
-        f"the Ray cluster at '{address}' asks for no token, but RAY_AUTH_MODE={mode} is set here, so its workers could "
-        "not answer; start its nodes with RAY_AUTH_MODE=token and the same token, or set RAY_AUTH_MODE=disabled here"
-    )
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Drop what is written to stderr, by C++ as well: Ray warns there that it was refused."""
-    sys.stderr.flush()
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)
-
-
 def _close_at_exit(session: Session) -> None:
     session._users = 1
     session.close()
@@ -243,28 +196,6 @@ def _line(error: BaseException) -> str:
 def _added_path() -> tuple[str, ...]:
     """What Ray puts in front of the `sys.path` of this driver's workers."""
     return os.path.abspath(os.curdir), os.path.dirname(os.path.realpath(sys.argv[0]))
-
-
-def _ensure_token() -> None:
-    """A token in Ray's usual place that only this user can read, so that `ray status` works as well."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    token = secrets.token_hex(32)
-    try:
-        path = Path.home() / ".ray" / "auth_token"
-        if path.exists():
-            if path.stat().st_mode & 0o077:
-                path.chmod(0o600)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Linked into place whole: another process must not read half a token.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # its mode is 600
-            file.write(token)
-            file.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(file.name, path)
-    except (OSError, RuntimeError):  # no home, or not writable: hand it down by environment
-        os.environ["RAY_AUTH_TOKEN"] = token
 
 
 def _make_folder() -> tuple[Path, IO[str]]:
@@ -289,25 +220,6 @@ def _make_folder() -> tuple[Path, IO[str]]:
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (folder / "unlocked").rename(folder / "lock")  # locked before anybody can find it by that name
     return folder, held
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let the Ray that is started meanwhile have a loopback address, on which alone its processes then listen.
-
-    Ray takes an address of loopback for a mistake and puts the machine's own in its place, where nodes of a cluster
-    would look for each other; then all its ports are open to the network. It does not on macOS and Windows, where
-    `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER` is off by default. Ray reads that once, when it is imported, which a program
-    that uses us may have done long ago.
-    """
-    from ray._private import ray_constants
-
-    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager
