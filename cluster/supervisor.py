@@ -6,7 +6,6 @@ job takes longer with more workers.
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,14 @@ from typing import Any
 
 from cluster import handshake
 from cluster.calls import FOREVER, Calls
-from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Slot, reason
+from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Phase, Slot, reason
 from cluster.doubts import FAILURES_IN_A_ROW, Doubts
 from cluster.jobs import Entry, JobBook, Suspects
+from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, node_of
-from cluster.worker import Built, Greeting, StartError
 from search.errors import WorkerError
 from search.local_pool import failed, one_line
-from search.outcome_check import OutcomeCheck, check_size
+from search.outcome_check import OutcomeCheck, cleaned
 from search.pool import Failure, FailureKind, Outcome
 from search.run_log import emit
 
@@ -44,6 +43,12 @@ GATHER_SECONDS = 60.0
 """How long the first jobs wait for the handshake of workers that a busy cluster has no room for."""
 NODE_DEATH_SECONDS = 20.0
 """Ray may need this long to notice that a whole node died; its jobs are not to blame for that."""
+_EXPECTED: dict[Phase, tuple[type[Message], ...]] = {
+    "starting": (Greeting,),
+    "building": (Built, StartError),
+    "checking": (Alive,),
+}
+"""What a worker may say now; else, an outcome."""
 
 
 class Supervisor:
@@ -208,23 +213,20 @@ class Supervisor:
 
         try:
             data = ray.get(ref)
-            check_size(data)
-            message = pickle.loads(data)  # noqa: S301 - written by our own worker
+            message = decode(data, *_EXPECTED.get(slot.phase, (Outcome,)))
         except ray.exceptions.OutOfMemoryError:
             self._lost(slot, "Ray ended it because its node ran out of memory", "out_of_memory")
             return
         except Exception as error:  # noqa: BLE001 - becomes the failure of the trial, or of the start
-            # What the worker's code raised, as where our packages are missing, and scores whose classes this
-            # process cannot read are errors. All else that Ray raises means that the process, its node or
+            # What the worker's code raised, as where our packages are missing, and what is no message of it are
+            # errors. All else that Ray raises means that the process, its node or
             # the result that lay on that node is gone.
             died = isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
             self._lost(slot, reason(error), "crash" if died else "error")
             return
-        if slot.phase == "starting":
-            assert isinstance(message, Greeting)
+        if isinstance(message, Greeting):
             self._greeting(slot, message)
-        elif slot.phase == "building":
-            assert isinstance(message, Built | StartError)
+        elif isinstance(message, Built | StartError):
             self._built(slot, message)
         elif slot.entry is not None and slot.phase == "checking":
             self._idle_deaths = 0
@@ -312,7 +314,8 @@ class Supervisor:
             self._replace(doubted, why, "error")
         else:
             self._trust(doubted)
-        outcome = replace(outcome, worker=worker, attempts=entry.attempts, **entry.circumstances)
+        failure = outcome.failure and cleaned(outcome.failure)
+        outcome = replace(outcome, failure=failure, worker=worker, attempts=entry.attempts, **entry.circumstances)
         self._jobs.conclude(entry, outcome)
 
     def _trust(self, doubted: Slot | None) -> None:
