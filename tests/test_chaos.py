@@ -37,10 +37,14 @@ def test_a_search_killed_a_dozen_times_has_the_history_and_the_model_of_one_left
     import pyarrow.parquet as pq
 
     runs, out = tmp_path / "runs", tmp_path / "out"
-    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", str(KILLS), "--budget", "60"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", str(KILLS), "--budget", "48"]
     places = ["--family", str(family), "--folder", str(runs), "--out", str(out)]
     done = subprocess.run(
-        [*command, "--seconds", "0.5", *places], cwd=tmp_path, capture_output=True, text=True, timeout=1400
+        [*command, "--seconds", "0.7", "--workers", "2", "--cpus", "1", *places],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kills = pq.read_table(out / "chaos.parquet").to_pylist()

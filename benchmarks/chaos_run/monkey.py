@@ -25,6 +25,7 @@ SHARES = {
 STALL_SECONDS = 400.0
 """Nothing that is killed here may hold up the search for so long."""
 VICTIM_SECONDS = 30.0
+"""Two workers at once must be in trials; where that does not come about for so long, it becomes one."""
 ORPHAN_SECONDS = 60.0
 """Workers of drivers that were killed, and of one that is done, are gone after so long."""
 
@@ -68,7 +69,9 @@ def moments(kills: int, searched: int, trials: int, chance: random.Random) -> li
     """
     late = 1 + kills // 40
     early = [chance.randrange(1, searched) for _ in range(kills - late)]
-    return sorted(early) + sorted(chance.randrange(searched, trials - 1) for _ in range(late))
+    # The last one must not come when the search is over.
+    end = searched + max(1, (trials - searched) // 2)
+    return sorted(early) + sorted(chance.randrange(searched, end) for _ in range(late))
 
 
 class Monkey:
@@ -125,7 +128,7 @@ class Monkey:
             for moment, kind in plan:
                 if not self._until(lambda least=moment: len(self.notes.ended) >= least):  # type: ignore[misc]
                     break
-                pause = time.monotonic() + min(8.0, self._chance.expovariate(1.0))
+                pause = time.monotonic() + min(3.0, self._chance.expovariate(1.0))
                 if not self._until(lambda end=pause: time.monotonic() >= end):  # type: ignore[misc]
                     break
                 self._strike(kind)
@@ -176,13 +179,8 @@ class Monkey:
     def _strike(self, kind: str) -> None:
         kill = Kill(len(self.kills) + 1, kind, 0.0, len(self.notes.ended))
         if "worker" in kind:
-            wanted = 2 if kind == "two workers" else 1
-            # Two at once need two that are in a trial; where that takes too long, it becomes one.
-            if not self._until(lambda: len(self._victims()) >= wanted, VICTIM_SECONDS):
+            if (count := self._strike_workers(2 if kind == "two workers" else 1)) == 0:
                 return
-            while (count := self._kill_workers(wanted)) == 0:
-                if not self._until(lambda: bool(self._victims())):
-                    return
             kill.processes, kill.kind = count, "two workers" if count == 2 else "worker"
         elif kind == "everything":
             kill.processes = self.cluster.kill_all()
@@ -203,13 +201,23 @@ class Monkey:
         torn = f", {kill.torn_bytes} bytes of garbage" if kill.torn_bytes else ""
         self._note(f"{kill.number}: {kill.kind} ({kill.processes} processes{torn}) after {kill.trials} trials")
 
+    def _strike_workers(self, wanted: int) -> int:
+        """Kill workers once they are in trials; returns how many: none when the search was done before."""
+        end = time.monotonic() + VICTIM_SECONDS
+        while True:
+            least = wanted if time.monotonic() < end else 1
+            if not self._until(lambda: len(self._victims()) >= least, VICTIM_SECONDS):  # noqa: B023 - called at once
+                return 0
+            if count := self._kill_workers(least, wanted):
+                return count
+
     def _victims(self) -> dict[int, str]:
         """Workers in a trial under which none was killed yet."""
         trials = self.notes.inside.items()
         return {pid: trial for pid, trial in trials if trial not in self._charged and is_marked(pid, self._folder)}
 
-    def _kill_workers(self, most: int) -> int:
-        """kill -9 workers in the middle of different trials; returns how many."""
+    def _kill_workers(self, least: int, most: int) -> int:
+        """kill -9 workers in the middle of different trials; returns how many, none where there are too few."""
         seen = self._victims()
         frozen = [pid for pid in self._chance.sample(sorted(seen), min(most, len(seen))) if freeze(pid)]
         self.notes.look()  # between the last look and now, a trial may have ended, and another one begun
@@ -217,6 +225,8 @@ class Monkey:
         chosen = {pid: now[pid] for pid in frozen if pid in now}
         if len(set(chosen.values())) < len(chosen):  # one and the same merge
             chosen = dict(list(chosen.items())[:1])
+        if len(chosen) < least:
+            chosen = {}
         self._charged.update(chosen.values())
         send(list(chosen), signal.SIGKILL)
         send([pid for pid in frozen if pid not in chosen], signal.SIGCONT)
@@ -246,7 +256,7 @@ class Monkey:
 
     def _go_on(self) -> None:
         self._charged.clear()  # a new driver knows nothing of deaths under the last one
-        workers = self._chance.randint(max(1, self._workers - 1), self._workers + 1) if self.kills else self._workers
+        workers = self._chance.randint(max(2, self._workers - 1), self._workers + 1) if self.kills else self._workers
         self._search.go_on(self.cluster.address, workers)
 
     def _tear(self) -> int:
