@@ -56,7 +56,7 @@ class Landscape:
         )
 
 
-DEADLY = (13, 14, 31)
+DEADLY = (13, 15, 31)
 
 
 class Deadly(Landscape):
