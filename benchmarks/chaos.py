@@ -1,6 +1,6 @@
 """A search whose workers, nodes and driver are killed at random, against the same search left alone.
 
-    python benchmarks/chaos.py                        200 kills; about an hour on two cores
+    python benchmarks/chaos.py                        200 kills; half an hour to an hour on two cores
     python benchmarks/chaos.py --kills 12 --out DIR   a few minutes
 
 Both searches run on a Ray cluster of their own on this machine, a head and three raylets, as real `meiosis`
