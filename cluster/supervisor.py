@@ -21,6 +21,7 @@ from cluster.doubts import FAILURES_IN_A_ROW, Doubts
 from cluster.jobs import Entry, JobBook, Suspects
 from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, node_of
+from cluster.start_deaths import StartDeath, StartDeaths
 from search.errors import WorkerError
 from search.local_pool import failed, one_line
 from search.outcome_check import OutcomeCheck, cleaned
@@ -30,8 +31,8 @@ from search.run_log import emit
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
 START_DEATHS = 3
-"""After so many workers in a row that could not start, something is wrong for good. So it is when all workers
-died that often while they were idle, and none of them lived to take a job."""
+"""After so many workers in a row that could not start, something is wrong for good, see `cluster.start_deaths`. So
+it is when all workers died that often while they were idle, and none of them lived to take a job."""
 CHECK_SECONDS = 60.0
 """Time for an idle worker to answer; its machine may be busy with swapping."""
 MOMENT_SECONDS = 1.0
@@ -87,7 +88,8 @@ class Supervisor:
         self._up: set[Slot] = set()
         self._engaged: set[Slot] = set()
         self._idle: deque[Slot] = deque()
-        self._greeted = self._start_deaths = self._idle_deaths = self._expected = 0
+        self._greeted = self._idle_deaths = self._expected = 0
+        self._start_deaths = StartDeaths()
         self._gathered = self._all_up = False
         self._layouts: list[Mapping[str, Any]] = []
         now = time.monotonic()
@@ -162,6 +164,7 @@ class Supervisor:
                 unplaced = slot.phase == "starting" and slot.avoid - self._avoided
                 if unplaced or (slot.node in self._avoided and slot.phase in ("building", "idle", "doubted")):
                     self._replace(slot)
+        self._give_up_on_starts(now)
         again, gone = self._suspects.judge(self._nodes.dead, ATTEMPTS, now)
         for entry in again:
             self._jobs.put_back(entry)
@@ -263,7 +266,7 @@ class Supervisor:
             self._up.add(slot)
             self._nodes.now_up()
             self._rest(slot)
-            self._start_deaths = 0
+            self._start_deaths.clear()
             emit("worker_ready", worker=slot.name, node=slot.host)
             if message.layout is not None and message.layout not in self._layouts:
                 self._layouts.append(message.layout)  # told once, since workers on equal GPUs have equal ones
@@ -333,9 +336,13 @@ class Supervisor:
         if phase == "checking":
             self._idle_deaths += 1
             self._stop_after(self._idle_deaths, START_DEATHS * self._workers, "died before they got a job", why)
+        elif set_aside:
+            self._start_deaths.clear()
         elif entry is None:
-            self._start_deaths = 0 if set_aside else self._start_deaths + 1
-            self._stop_after(self._start_deaths, START_DEATHS, "could not start", why, detail)
+            node_may_be_dead = kind == "crash" and slot.node and self._nodes.several
+            due = now + NODE_DEATH_SECONDS if node_may_be_dead else now
+            self._start_deaths.add(StartDeath(slot.node, why, detail, due))
+            self._give_up_on_starts(now)
         self._replace(slot, why, kind)
         if entry is not None and not entry.cancelled:
             if phase == "checking":
@@ -363,6 +370,10 @@ class Supervisor:
     def _hire(self, now: float) -> None:
         slot = self._crew.hire(now, self._nodes.avoided)
         self._slots[slot.number] = slot
+
+    def _give_up_on_starts(self, now: float) -> None:
+        if deaths := self._start_deaths.counted(self._nodes.dead, now):
+            self._stop_after(len(deaths), START_DEATHS, "could not start", deaths[-1].why, deaths[-1].detail)
 
     def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:
         if deaths >= most:

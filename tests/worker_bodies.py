@@ -150,6 +150,16 @@ class Refuses:
         raise OwnError("evaluators.code: there is no file 'items.jsonl'")
 
 
+class Waits(Scripted):
+    """A body that takes until there is a file `go`."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        super().__init__(plan)
+        (self.folder / f"building-{os.getpid()}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+
+
 class Broken:
     def __init__(self, plan: WorkerPlan) -> None:
         raise RuntimeError("the model does not load\nsecond line")
