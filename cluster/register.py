@@ -1,8 +1,8 @@
 """The runs that are on a cluster, as they tell each other: an entry of each in the key-value store of Ray's head.
 
 Every pool that joined the cluster renews its own entry about once a second and reads those of the others; there is no
-process that does it for them. An entry that its pool no longer renews is removed by whoever notices: by its own clock,
-so that the clocks of machines need not agree.
+process that does it for them. An entry that its pool no longer renews is removed by whoever notices: when Ray knows
+that the driver ended, or after a while by the clock of who looks, so that the clocks of machines need not agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from cluster.need import Need
 NAMESPACE = b"meiosis"
 PREFIX = b"pool/"
 GONE_SECONDS = 20.0
-"""A pool that did not renew its entry for so long is gone: its driver was killed or hangs."""
+"""A pool that did not renew its entry for so long is gone: its driver hangs, or cannot reach the head."""
+ASK_SECONDS = 3.0
+"""After so long Ray is asked whether the driver was killed."""
 LONGEST = 200
 """Characters of a name, and nodes in a list, that are read."""
 MOST = 10**6
@@ -35,6 +37,7 @@ class PoolEntry:
         id: sorts by the time at which the pool began.
         run: name of the run. Runs in different folders may have the same.
         owner: `user@host` of the driver.
+        job: Ray's id of the driver.
         need: of one worker.
         wanted: the most workers it may have.
         demand: how many of them it has work for.
@@ -46,6 +49,7 @@ class PoolEntry:
     id: str
     run: str
     owner: str
+    job: str
     need: Need
     wanted: int
     demand: int
@@ -67,10 +71,10 @@ class PoolEntry:
         try:
             found = json.loads(data)
             need = Need(_number(found["need"]["cpus"]), _number(found["need"]["gpus"]))
-            texts = [_text(found[name]) for name in ("id", "run", "owner")]
+            id_, run, owner_, job = (_text(found[name]) for name in ("id", "run", "owner", "job"))
             wanted, demand, has = (int(_number(found[name])) for name in ("wanted", "demand", "has"))
             avoids = tuple(_text(node) for node in list(found["avoids"])[:LONGEST])
-            return cls(texts[0], texts[1], texts[2], need, wanted, demand, has, avoids, int(found["beat"]))
+            return cls(id_, run, owner_, job, need, wanted, demand, has, avoids, int(found["beat"]))
         except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not the entry of a pool: {error}") from error
 
@@ -82,6 +86,9 @@ class Register:
     """This pool's entry, and what it knows of the others. Ray must be connected."""
 
     def __init__(self) -> None:
+        import ray
+
+        self.job = str(ray.get_runtime_context().get_job_id())
         self.id = f"{time.time_ns():020d}-{secrets.token_hex(8)}"
         self._beat = 0
         self._seen: dict[bytes, tuple[int, float]] = {}
@@ -119,7 +126,7 @@ class Register:
     def _others(self, now: float) -> tuple[PoolEntry, ...]:
         keys = {key for key in _keys() if key != self._key}
         self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
-        found = []
+        found, ended = [], None
         for key in sorted(keys):
             data = _get(key)
             if data is None:  # it left in between
@@ -133,9 +140,11 @@ class Register:
             beat, since = self._seen.get(key, (-1, now))
             if entry.beat != beat:
                 since = now
-            elif now - since > GONE_SECONDS:
-                _delete(key)
-                continue
+            elif now - since > ASK_SECONDS:
+                ended = _ended_jobs() if ended is None else ended
+                if now - since > GONE_SECONDS or entry.job in ended:
+                    _delete(key)
+                    continue
             self._seen[key] = entry.beat, since
             found.append(entry)
         return tuple(found)
@@ -148,6 +157,14 @@ def owner() -> str:
     except (KeyError, OSError, ImportError):  # a container without a user of this number
         user = "?"
     return f"{user}@{socket.gethostname()}"
+
+
+def _ended_jobs() -> frozenset[str]:
+    """Ray's ids of drivers that are no more."""
+    import ray
+
+    # Its public API asks the dashboard, which need not be there.
+    return frozenset(job["JobID"] for job in ray._private.state.state.job_table() if job["IsDead"])
 
 
 def _put(key: bytes, value: bytes) -> None:

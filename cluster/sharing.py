@@ -11,10 +11,11 @@ they move, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.need import Need
 from cluster.register import PoolEntry, Register, owner
+from cluster.scarcity import Scarcity
 from cluster.shares import Claim, Placement, share_out
 
 DEMAND_SECONDS = 15.0
@@ -72,10 +73,13 @@ class Sharing:
         self.full: frozenset[str] = frozenset()
         """Nodes on which no more workers should be placed, since others need the room."""
         self.now = Shared()
+        self.below = False
+        """Whether fewer workers than the share have said where they are, beside other runs."""
         self._told, self._changed_at = Shared(), -TELL_SECONDS
         self._jobs_most, self._jobs_most_at = -1, 0.0
         self._facts: tuple[Mapping[str, Mapping[str, float]], tuple[Claim, ...]] | None = None
         self._plan: Mapping[str, Placement] = {}
+        self._scarcity = Scarcity()
         self._surplus: dict[str, int] = {}
         self._where_matters = self._may_move = False
         self._short_since: float | None = None
@@ -88,6 +92,7 @@ class Sharing:
         nodes: Mapping[str, Mapping[str, float]],
         avoided: Collection[str],
         held: Mapping[str, int],
+        coming: int = 0,
     ) -> None:
         """Meet the others, and see what follows.
 
@@ -97,22 +102,33 @@ class Sharing:
             nodes: node -> resources, of all nodes that may get workers of any run.
             avoided: nodes on which this pool places none.
             held: node -> workers that this pool has there.
+            coming: workers that have a place and did not say yet where; only asked for while `below`.
         """
         if self._register is None:
             return
-        has = sum(held.values())
+        has = sum(held.values()) + coming
         ours = Claim(self._register.id, self._need, self._demand(now, jobs), frozenset(avoided))
         entry = PoolEntry(
-            ours.id, self._run, self._owner, self._need, self._workers, ours.wanted, has, tuple(sorted(avoided))
+            ours.id,
+            self._run,
+            self._owner,
+            self._register.job,
+            self._need,
+            wanted=self._workers,
+            demand=ours.wanted,
+            has=has,
+            avoids=tuple(sorted(avoided)),
         )
         others = self._register.exchange(entry, now)
         if others is None:  # nobody can be told anything now, so nothing changes
             return
         if others:
-            self._share(now, ours, others, nodes, held)
+            self._share(now, ours, others, nodes, held, has)
         else:
             self.allowed, self.full, self.now = self._workers, frozenset(), Shared()
             self._surplus, self._short_since, self._may_move = {}, None, False
+            self._scarcity = Scarcity()
+        self.below = bool(others) and has - coming < self.fair
         self._tell(now)
 
     @property
@@ -152,14 +168,24 @@ class Sharing:
         others: tuple[PoolEntry, ...],
         nodes: Mapping[str, Mapping[str, float]],
         held: Mapping[str, int],
+        has: int,
     ) -> None:
         claims = (ours, *(Claim(o.id, o.need, o.demand, frozenset(o.avoids)) for o in others))
         if (nodes, claims) != self._facts:
             self._facts = dict(nodes), claims
             self._plan = share_out(nodes, claims)
-        mine = self._plan[ours.id]
-        share, has = sum(mine.values()), sum(held.values())
-        others_short = any(other.has < sum(self._plan[other.id].values()) for other in others)
+        plan = self._plan
+        scarce = self._scarcity.look(
+            now,
+            claims,
+            {ours.id: has, **{o.id: o.has for o in others}},
+            {id: sum(p.values()) for id, p in plan.items()},
+        )
+        if scarce is not None:
+            plan = share_out(scarce, [replace(claim, avoids=frozenset()) for claim in claims])
+        mine = plan[ours.id]
+        share = sum(mine.values())
+        others_short = any(other.has < sum(plan[other.id].values()) for other in others)
         if others_short:
             self._short_since = now if self._short_since is None else self._short_since
             self.allowed = share
@@ -169,12 +195,12 @@ class Sharing:
             self.allowed = self._workers if calm else max(share, min(has, self.allowed))
         if others_short or has < share:
             self._short_at = now
-        self._where_matters = any(claim.need != ours.need or claim.avoids for claim in claims)
+        self._where_matters = scarce is None and any(c.need != ours.need or c.avoids for c in claims)
         self._surplus = {node: count - mine.get(node, 0) for node, count in held.items()}
         patient = self._short_since is None or now - self._short_since < MOVE_SECONDS
         crowded = self._where_matters and not patient
         self.full = frozenset(n for n in nodes if held.get(n, 0) >= mine.get(n, 0)) if crowded else frozenset()
-        self._may_move = crowded and has == share and now - self._moved_at >= MOVE_EVERY
+        self._may_move = crowded and has == share == sum(held.values()) and now - self._moved_at >= MOVE_EVERY
         self.now = Shared(share, tuple(str(other) for other in others))
 
     def _tell(self, now: float) -> None:

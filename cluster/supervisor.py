@@ -151,10 +151,14 @@ class Supervisor:
             if not self._gathered and time.monotonic() > self._gather_until:
                 self._gather_until += GATHER_SECONDS
                 self._gathered = greeted > 0
-                placed = greeted + sum(s.phase == "starting" and is_placed(s.actor) for s in self._slots.values())
+                placed = greeted + self._placed()
                 if placed < wanted:  # else they have room, and still copy models, say
                     self._report(f"the cluster is busy: it has room for {placed} of {self._workers} workers now")
         return self._gathered
+
+    def _placed(self) -> int:
+        """How many workers have got room on a node, and did not greet yet: they copy models, say."""
+        return sum(slot.phase == "starting" and is_placed(slot.actor) for slot in self._slots.values())
 
     def _look(self, now: float) -> None:
         """What is done once a second: see how the nodes are, and what follows from it."""
@@ -182,7 +186,9 @@ class Supervisor:
 
     def _fit(self, now: float) -> None:
         """Have as many workers as this run may have beside others."""
-        self._sharing.look(now, self._jobs.count, self._nodes.capacity, self._nodes.avoided, self._nodes.held)
+        coming = self._placed() if self._sharing.below else 0
+        nodes = self._nodes
+        self._sharing.look(now, self._jobs.count, nodes.capacity, nodes.avoided, nodes.held, coming)
         for slot in reversed(list(self._slots.values())):
             if slot.phase == "starting" and len(self._slots) > self._sharing.allowed:
                 self._end(slot)

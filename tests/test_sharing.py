@@ -13,6 +13,7 @@ import pytest
 from cluster import register
 from cluster.need import Need, Room
 from cluster.register import GONE_SECONDS, PREFIX, PoolEntry, Register
+from cluster.scarcity import SCARCE_SECONDS
 from cluster.sharing import CALM_SECONDS, Shared, Sharing
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-ENTRY = PoolEntry("", "first", "ann@one", Need(1), 4, 4, 2)
+ENTRY = PoolEntry("", "first", "ann@one", "01000000", Need(1), 4, 4, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,7 @@ class SimulatedCluster:
 
     def __init__(self, nodes: dict[str, dict[str, float]], seed: int = 0) -> None:
         self.nodes, self.chance, self.now = nodes, random.Random(seed), 1000
+        self.strangers: list[str] = []  # nodes of workers that are not ours
         self.pools: list[Simulated] = []
 
     def run(self, seconds: int) -> None:
@@ -140,6 +142,8 @@ class SimulatedCluster:
 
     def rooms(self) -> dict[str, Room]:
         rooms = {node: Room(resources) for node, resources in self.nodes.items()}
+        for node in self.strangers:
+            rooms[node].take(Need(1))
         for pool in sorted(self.pools, key=lambda pool: -pool.need.gpus):
             for node, _, _ in pool.slots:
                 if node:
@@ -248,6 +252,25 @@ def test_workers_that_lie_scattered_move_together_for_a_run_that_needs_a_whole_n
     assert cluster.counts() == [3, 1]
     assert large.went == 0
     assert cluster.pools[0].went <= 2
+
+
+@pytest.mark.parametrize("seconds", [3, 40])
+def test_runs_share_what_strangers_leave_and_take_it_when_they_go(seconds: int) -> None:
+    cluster = SimulatedCluster(nodes_of(4, 2))
+    cluster.strangers = ["n0", "n1", "n2", "n2"]
+    first = cluster.join(Need(1), 8, seconds=seconds)
+    cluster.run(10)
+    second = cluster.join(Need(1), 8, seconds=seconds)
+    cluster.run(int(SCARCE_SECONDS))
+    assert cluster.counts() == [4, 0], "for all that is known they may still come"
+    cluster.run(20 + 3 * seconds)
+    assert cluster.counts() == [2, 2]
+    cluster.run(200)
+    assert cluster.counts() == [2, 2]
+    assert first.went + second.went <= 4
+    cluster.strangers = []
+    cluster.run(60 + 3 * seconds)
+    assert cluster.counts() == [4, 4]
 
 
 def test_pools_without_others_meet_nobody_and_say_nothing() -> None:
