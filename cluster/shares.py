@@ -45,13 +45,15 @@ def share_out(nodes: Mapping[str, Mapping[str, float]], claims: Iterable[Claim])
         claims: of all runs, in any order; each id once.
 
     Returns:
-        A placement for every claim, by its id. Workers are packed, so that nodes stay free for large ones.
+        A placement for every claim, by its id. Workers are packed, a run's on one node as long as it has room,
+        then on the fullest that has, so that nodes stay free for large ones.
     """
     rooms = {node: Room(resources) for node, resources in sorted(nodes.items())}
     cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
     gpus = sum(resources.get("GPU", 0.0) for resources in nodes.values())
     given: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()
+    last: dict[str, str] = {}
     line: list[tuple[float, str, Claim]] = []
     for claim in sorted(claims, key=lambda claim: claim.id):
         given[claim.id] = Counter()
@@ -60,10 +62,12 @@ def share_out(nodes: Mapping[str, Mapping[str, float]], claims: Iterable[Claim])
         _, _, claim = heapq.heappop(line)
         if counts[claim.id] >= claim.wanted:
             continue
-        fitting = [n for n, room in rooms.items() if n not in claim.avoids and room.holds(claim.need)]
-        if not fitting:
-            continue
-        node = min(fitting, key=lambda node: (rooms[node].free, node))
+        node = last.get(claim.id, "")
+        if node not in rooms or not rooms[node].holds(claim.need):
+            fitting = [n for n, room in rooms.items() if n not in claim.avoids and room.holds(claim.need)]
+            if not fitting:
+                continue
+            node = last[claim.id] = min(fitting, key=lambda node: (rooms[node].free, node))
         rooms[node].take(claim.need)
         given[claim.id][node] += 1
         counts[claim.id] += 1

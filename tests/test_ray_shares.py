@@ -42,11 +42,18 @@ WAIT_SECONDS = 150.0
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the nodes of the cluster keep copies of models."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def address(cache: Path) -> Iterator[str]:
     """A cluster with room for 2 + 1 + 1 workers."""
     program = [sys.executable, "-c", CLUSTER]
+    environment = {**ENVIRONMENT, "MEIOSIS_CACHE": str(cache)}
     with subprocess.Popen(
-        program, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as started:
         assert started.stdin is not None
         assert started.stdout is not None
@@ -173,3 +180,72 @@ def test_a_run_with_small_workers_frees_the_node_that_another_needs_whole(
     small.hurry()
     for one in (small, large):
         assert sorted(one.starts) == list(range(one.budget))
+
+
+ROOM = """
+import os, sys, time
+from dataclasses import replace
+from pathlib import Path
+address, notes, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+sys.path.append(sys.argv[4])
+import numpy as np
+from safetensors.numpy import save_file
+from worker_bodies import plan
+from cluster import supervisor
+from cluster.copies import Copies
+from cluster.nodes import is_placed
+from cluster.pool import RayPool
+from search.recipe import ModelRef
+
+(notes / "code").mkdir()
+(notes / "code" / "config.json").write_text("{}")
+save_file({"w": np.ones((64, 64), np.float32)}, notes / "code" / "model.safetensors")
+with_model = replace(plan(notes), models={"code": ModelRef(path=str(notes / "code"))})
+
+def look(pool, true):
+    # As if a minute went by again and again.
+    end = time.monotonic() + 100
+    while not true():
+        assert time.monotonic() < end
+        pool._supervisor.step(0.1)
+    for _ in range(5):
+        pool._supervisor._gather_until = 0.0
+        assert not pool._supervisor.ready
+        pool._supervisor.step(0.1)
+
+def made(workers):
+    return RayPool(with_model, workers=workers, working_folder=notes, address=address, report=said.append,
+                   shards="copy", body="worker_bodies:Scripted")
+
+said = []
+with made(4) as pool:
+    with Copies(cache / "shards").alone():  # somebody else is at it, and that takes long
+        look(pool, lambda: sum(is_placed(slot.actor) for slot in pool._supervisor._slots.values()) == 4)
+        print(sum("busy" in line for line in said))
+    pool.ready()
+
+    import ray  # something that is not ours has the rest
+    stranger = ray.remote(num_gpus=0)(type("Stranger", (), {"hello": lambda self: None}))
+    pool.close()
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    strangers = [stranger.options(num_cpus=1).remote() for _ in range(3)]
+    ray.get([one.hello.remote() for one in strangers])
+    said.clear()
+    with made(4) as pool, Copies(cache / "shards").alone():
+        look(pool, lambda: sum(is_placed(slot.actor) for slot in pool._supervisor._slots.values()) == 1)
+    print([line for line in said if "busy" in line][-1])
+"""
+
+
+def test_a_cluster_is_called_busy_where_room_is_missing_and_not_where_models_are_copied(
+    address: str, cache: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ROOM, address, str(tmp_path), str(cache), str(ROOT / "tests")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["0", "the cluster is busy: it has room for 1 of 4 workers now"]
