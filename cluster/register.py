@@ -26,7 +26,8 @@ ASK_SECONDS = 3.0
 """After so long Ray is asked whether the driver was killed."""
 LONGEST = 200
 """Characters of a name, and nodes in a list, that are read."""
-MOST = 10**6
+MOST = 10_000
+"""Largest number of workers, cores or GPUs that is believed."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class PoolEntry:
         try:
             found = json.loads(data)
             need = Need(_number(found["need"]["cpus"]), _number(found["need"]["gpus"]))
+            if need == Need():
+                raise ValueError("workers on a cluster need something")
             id_, run, owner_, job = (_text(found[name]) for name in ("id", "run", "owner", "job"))
             wanted, demand, has = (int(_number(found[name])) for name in ("wanted", "demand", "has"))
             avoids = tuple(_text(node) for node in list(found["avoids"])[:LONGEST])
@@ -116,7 +119,7 @@ class Register:
         import ray
 
         if self._beat:
-            with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError, AssertionError):
+            with contextlib.suppress(ray.exceptions.RayError, RuntimeError, OSError, AttributeError):  # Ray may be gone
                 _delete(self._key)
 
     @property
@@ -163,8 +166,10 @@ def _ended_jobs() -> frozenset[str]:
     """Ray's ids of drivers that are no more."""
     import ray
 
-    # Its public API asks the dashboard, which need not be there.
-    return frozenset(job["JobID"] for job in ray._private.state.state.job_table() if job["IsDead"])
+    try:  # its public API asks the dashboard, which need not be there
+        return frozenset(job["JobID"] for job in ray._private.state.state.job_table() if job["IsDead"])
+    except (AttributeError, KeyError, TypeError):  # another Ray: such entries last a little longer
+        return frozenset()
 
 
 def _put(key: bytes, value: bytes) -> None:

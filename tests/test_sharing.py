@@ -68,6 +68,8 @@ def test_a_pool_that_does_not_renew_its_entry_is_gone_by_the_clock_of_who_looks(
         b"[" * 10_000,
         replace(ENTRY, id="x", wanted=-1).to_json(),
         replace(ENTRY, id="x", need=Need(float("nan"))).to_json(),
+        replace(ENTRY, id="x", need=Need(0, 0)).to_json(),
+        replace(ENTRY, id="x", demand=10**9).to_json(),
         replace(ENTRY, id="other").to_json(),
     ],
 )
