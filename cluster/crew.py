@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from cluster import handshake
 from cluster.calls import FOREVER, Calls
 from cluster.jobs import Entry
 from cluster.local_ray import Session
+from cluster.need import Need
 from cluster.sending import Sender, ShardMode
 from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
@@ -124,13 +124,14 @@ class Crew:
         import ray
 
         # On a cluster a worker reserves its threads; on this machine the number that the user gave counts.
-        self._session, self._calls, cpus = session, calls, 0 if session.own else plan.threads
-        self._cpus, self._gpus, self._wanted = cpus, gpus, wanted
-        self.room = min(wanted, sum(self.fits(have) for have in _alive()))
+        self._session, self._calls = session, calls
+        self.need = Need(0 if session.own else plan.threads, gpus)
+        """What is reserved for each worker."""
+        self.room = min(wanted, sum(self.need.fits(have, wanted) for have in _alive()))
         """How many workers, at most those wanted, the cluster holds while nothing else runs on it."""
         if self.room == 0:
             raise WorkerError(
-                f"no node of the Ray cluster can hold a worker: it needs {cpus} CPU and {gpus:g} GPU, "
+                f"no node of the Ray cluster can hold a worker: it needs {self.need}, "
                 f"and the largest node has {_largest('CPU'):g} CPU, that with most GPUs {_largest('GPU'):g}"
             )
         self.identity = handshake.identity()
@@ -150,18 +151,12 @@ class Crew:
         self._class = ray.remote(max_restarts=0, max_task_retries=0)(actor_class())
         self._numbers = itertools.count(1)
 
-    def fits(self, resources: Mapping[str, float]) -> int:
-        """How many workers a node with these resources holds."""
-        needs = [(resources.get("CPU", 0.0), self._cpus), (resources.get("GPU", 0.0), self._gpus)]
-        # Half of 1 GPU, thrice a third: a little more than there is must still count as there.
-        return min((int(there / need + 1e-6) for there, need in needs if need > 0), default=self._wanted)
-
     def hire(self, now: float, avoid: frozenset[str] = frozenset()) -> Slot:
         """A new worker, on its way; its first call returns a `Greeting`. It is placed on no node in `avoid`."""
-        options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus}
+        options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus}
         labels = {"ray.io/node-id": f"!in({', '.join(sorted(avoid))})"} if avoid else {}
         group = None
-        if self._gpus > 1:
+        if self.need.gpus > 1:
             group, options["scheduling_strategy"] = self._reserve(labels)
         else:
             options |= {"scheduling_strategy": "SPREAD", "label_selector": labels}
@@ -183,7 +178,7 @@ class Crew:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        needs = {"GPU": self._gpus, **({"CPU": float(self._cpus)} if self._cpus else {})}
+        needs = {"GPU": self.need.gpus, **({"CPU": float(self.need.cpus)} if self.need.cpus else {})}
         group = placement_group([needs], strategy="STRICT_PACK", bundle_label_selector=[labels] if labels else None)
         return group, PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
 

@@ -77,6 +77,11 @@ class JobBook:
         """Whether a job is there that has no outcome yet."""
         return bool(self._open)
 
+    @property
+    def count(self) -> int:
+        """How many jobs have no outcome yet."""
+        return len(self._open)
+
     def any_waiting(self) -> bool:
         """Whether a job waits for a worker."""
         while self._queue and self._queue[0].cancelled:

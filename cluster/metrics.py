@@ -2,7 +2,8 @@
 
 Ray serves them, with its own, at `MetricsExportPort` of every node (see `ray.nodes()`), under the names below
 with `ray_` in front. It does so only where it is installed as `ray[default]`; without, recording costs a few
-microseconds and leads nowhere. All carry the tag `run`.
+microseconds and leads nowhere. All carry the tags `run` and `results`, the folder of the run's results: runs in other
+folders may have the same name.
 
 | metric | kind | meaning |
 |---|---|---|
@@ -29,20 +30,21 @@ class PoolMetrics:
     """The metrics of one pool. Ray must be connected.
 
     Args:
-        run: what the metrics say about whose they are.
+        run, results: what the metrics say about whose they are.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, results: str = "") -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        of_run = {"run": run}
-        self._trials = Counter("meiosis_trials", "trials that came back", ("run", "items", "outcome"))
-        self._read = Counter("meiosis_read_bytes", "bytes of the models that merges read", ("run",))
-        self._merge = Histogram("meiosis_merge_seconds", "time to merge a candidate", SECONDS, ("run",))
-        self._evaluate = Histogram("meiosis_evaluate_seconds", "time to evaluate a candidate", SECONDS, ("run",))
-        self._workers = Gauge("meiosis_workers", "workers of the pool", ("run",))
-        self._busy = Gauge("meiosis_busy_workers", "workers at work", ("run",))
-        self._best = Gauge("meiosis_best_loss", "loss of the best feasible trial", ("run",))
+        of_run = {"run": run, "results": results}
+        tags = tuple(of_run)
+        self._trials = Counter("meiosis_trials", "trials that came back", (*tags, "items", "outcome"))
+        self._read = Counter("meiosis_read_bytes", "bytes of the models that merges read", tags)
+        self._merge = Histogram("meiosis_merge_seconds", "time to merge a candidate", SECONDS, tags)
+        self._evaluate = Histogram("meiosis_evaluate_seconds", "time to evaluate a candidate", SECONDS, tags)
+        self._workers = Gauge("meiosis_workers", "workers of the pool", tags)
+        self._busy = Gauge("meiosis_busy_workers", "workers at work", tags)
+        self._best = Gauge("meiosis_best_loss", "loss of the best feasible trial", tags)
         for metric in (
             self._trials,
             self._read,

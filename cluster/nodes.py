@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.need import Need
+from cluster.sharing import Shared
 from search.store.nodes_file import NODES, NodeState, WorkersState, write_nodes
 
 if TYPE_CHECKING:
@@ -58,13 +60,15 @@ class NodeBook:
     """What is known of every node.
 
     Args:
-        fits: how many workers a node with these resources holds.
+        need: what a worker takes of its node.
+        wanted: the most workers there shall be.
         report: called with one line when a node joins, goes, drains, is set aside or taken back.
     """
 
-    def __init__(self, fits: Callable[[Mapping[str, float]], int], report: Callable[[str], None]) -> None:
-        self._fits, self._report = fits, report
+    def __init__(self, need: Need, wanted: int, report: Callable[[str], None]) -> None:
+        self._need, self._wanted, self._report = need, wanted, report
         self._nodes: dict[str, Node] = {}
+        self._shared = Shared()
         self._up_at = time.monotonic()
         self._changed = True
         self.avoided: frozenset[str] = frozenset()
@@ -81,7 +85,21 @@ class NodeBook:
     @property
     def room(self) -> int:
         """How many workers the nodes that may get some hold while nothing else runs on them."""
-        return sum(self._fits(node.resources) for node in self._nodes.values() if node.usable)
+        return sum(self._fits(node) for node in self._nodes.values() if node.usable)
+
+    @property
+    def capacity(self) -> dict[str, dict[str, float]]:
+        """Node -> `CPU` and `GPU` of those that any run may use."""
+        return {
+            node.id: {what: node.resources.get(what, 0.0) for what in ("CPU", "GPU")}
+            for node in self._nodes.values()
+            if node.alive and not node.draining
+        }
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Node -> workers of this pool there, without those that did not say yet where they are."""
+        return {node.id: len(node.workers) for node in self._nodes.values() if node.workers}
 
     def refresh(self, now: float) -> None:
         """See which nodes are there, and take back those whose time is over."""
@@ -139,19 +157,20 @@ class NodeBook:
             for node in self._nodes.values()
         )
 
-    def write(self, folder: Path, wanted: int) -> None:
+    def write(self, folder: Path, shared: Shared) -> None:
         """Write what there is to show into the folder of the pool, if it changed.
 
         Nodes that are gone stay in it if workers died there. A folder that cannot be written ends nothing: the
         history, which must be, says so itself.
         """
-        if not self._changed:
+        if not self._changed and shared == self._shared:
             return
-        self._changed = False
+        self._changed, self._shared = False, shared
         up = sum(slot.up for node in self._nodes.values() for slot in node.workers.values())
         shown = tuple(_state(node) for node in self._nodes.values() if node.alive or node.deaths)
         try:
-            write_nodes(folder, WorkersState(_clock(time.time()), wanted, up, shown))
+            state = WorkersState(_clock(time.time()), self._wanted, up, shown, shared.share, shared.others)
+            write_nodes(folder, state)
         except OSError as error:
             self._report(f"{folder / NODES} cannot be written: {error.strerror}")
 
@@ -164,7 +183,10 @@ class NodeBook:
         return str(self._nodes.get(node_id, "its node"))
 
     def _usable_elsewhere(self, than: Node) -> bool:
-        return any(node.usable and node is not than and self._fits(node.resources) for node in self._nodes.values())
+        return any(node.usable and node is not than and self._fits(node) for node in self._nodes.values())
+
+    def _fits(self, node: Node) -> int:
+        return self._need.fits(node.resources, self._wanted)
 
     def _note_avoided(self) -> None:
         avoided = frozenset(node.id for node in self._nodes.values() if node.alive and not node.usable)
@@ -207,6 +229,16 @@ def draining_nodes() -> dict[str, float]:
     state = ray._private.state.state
     found: Mapping[str, int] = state.get_draining_nodes() if hasattr(state, "get_draining_nodes") else {}
     return {node: milliseconds / 1000 for node, milliseconds in found.items()}
+
+
+def is_placed(actor: object) -> bool:
+    """Whether an actor has got its room on a node; it may still be busy there with its first call."""
+    import ray
+
+    try:
+        return str(ray._private.state.actors(actor._actor_id.hex())["State"]) == "ALIVE"  # type: ignore[attr-defined]
+    except (KeyError, AttributeError, ray.exceptions.RayError):
+        return False
 
 
 def node_of(actor: object) -> str:

@@ -21,6 +21,7 @@ from cluster.jobs import JobBook
 from cluster.local_ray import open_session
 from cluster.metrics import PoolMetrics
 from cluster.sending import ShardMode
+from cluster.sharing import Sharing, open_sharing
 from cluster.supervisor import MOMENT_SECONDS, Supervisor
 from evaluators.base import ItemPool
 from search.errors import UserError
@@ -41,7 +42,8 @@ class RayPool:
 
     The constructor starts or joins Ray and asks for the workers; they come up inside `ready` or `wait`,
     and no job is dispatched before those that the cluster can hold have shown that they run the
-    driver's code. What a body's constructor raises as `MeiosisError` is raised there as it is.
+    driver's code. What a body's constructor raises as `MeiosisError` is raised there as it is. On a cluster with
+    other runs there are as many workers as its share, see `cluster.sharing`.
 
     Args:
         plan: what the body of every worker is constructed with.
@@ -85,6 +87,7 @@ class RayPool:
         self._workers, self._closed = workers, False
         self._jobs = JobBook()
         self._supervisor: Supervisor | None = None
+        self._sharing: Sharing | None = None
         tell("starting Ray" if address is None else f"joining Ray at {address}")
         self._session = open_session(
             address,
@@ -105,13 +108,16 @@ class RayPool:
                     )
             if crew.room < workers:
                 tell(f"there is room for {crew.room} of {workers} workers until nodes join")
-            self._metrics = PoolMetrics(run=working_folder.resolve().parent.name)
+            run = working_folder.resolve().parent
+            self._metrics = PoolMetrics(run.name, str(run.parent))
+            self._sharing = open_sharing(crew.need, workers, run.name, tell, alone=self._session.own)
             self._supervisor = Supervisor(
                 crew,
                 calls,
                 self._jobs,
                 # Another body than ours, in a test, say, need not score what the evaluators would.
                 OutcomeCheck(plan.evaluators if body == DEFAULT_BODY else ()),
+                self._sharing,
                 workers=workers,
                 trial_seconds=FOREVER if trial_seconds is None else trial_seconds,
                 patient=self._session.own,
@@ -124,8 +130,8 @@ class RayPool:
 
     @property
     def size(self) -> int:
-        """How many workers the pool keeps: those asked for, dead ones being replaced."""
-        return self._workers
+        """How many workers the pool keeps, dead ones being replaced: those asked for, or its share of a cluster."""
+        return self._supervisor.size if self._supervisor is not None else self._workers
 
     @property
     def busy(self) -> int:
@@ -186,6 +192,8 @@ class RayPool:
         if self._supervisor is not None:
             self._supervisor.close()
             self._supervisor = None
+        if self._sharing is not None:
+            self._sharing.close()
         self._jobs.clear()
         self._session.close()
 

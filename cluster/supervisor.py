@@ -20,7 +20,8 @@ from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Phase, Slot, reason
 from cluster.doubts import FAILURES_IN_A_ROW, Doubts
 from cluster.jobs import Entry, JobBook, Suspects
 from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
-from cluster.nodes import NodeBook, node_of
+from cluster.nodes import NodeBook, is_placed, node_of
+from cluster.sharing import Sharing
 from cluster.start_deaths import StartDeath, StartDeaths
 from search.errors import WorkerError
 from search.local_pool import failed, one_line
@@ -59,6 +60,7 @@ class Supervisor:
         crew, calls: where workers come from, and the calls to them.
         jobs: what there is to do; outcomes are written into it.
         check: what outcomes are checked with.
+        sharing: how many workers there may be beside those of other runs.
         workers: how many workers there shall be.
         trial_seconds: time limit of one attempt at a job.
         patient: whether the first jobs wait for all workers that there is room for, however long they take.
@@ -72,6 +74,7 @@ class Supervisor:
         calls: Calls,
         jobs: JobBook,
         check: OutcomeCheck,
+        sharing: Sharing,
         *,
         workers: int,
         trial_seconds: float,
@@ -79,10 +82,10 @@ class Supervisor:
         folder: Path,
         report: Callable[[str], None],
     ) -> None:
-        self._crew, self._calls, self._jobs, self._check = crew, calls, jobs, check
+        self._crew, self._calls, self._jobs, self._check, self._sharing = crew, calls, jobs, check, sharing
         self._workers, self._trial_seconds, self._folder, self._report = workers, trial_seconds, folder, report
         self._suspects, self._doubts = Suspects(), Doubts()
-        self._nodes = NodeBook(crew.fits, report)
+        self._nodes = NodeBook(crew.need, workers, report)
         self._avoided = self._nodes.avoided
         self._slots: dict[int, Slot] = {}
         self._up: set[Slot] = set()
@@ -95,8 +98,7 @@ class Supervisor:
         now = time.monotonic()
         self._next_look = now
         self._gather_until = FOREVER if patient else now + GATHER_SECONDS
-        for _ in range(workers):
-            self._hire(now)
+        self._fit(now)
 
     @property
     def busy(self) -> int:
@@ -104,9 +106,14 @@ class Supervisor:
         return len(self._engaged)
 
     @property
+    def size(self) -> int:
+        """How many workers are kept; beside other runs the share of this one, or those at work if they are more."""
+        return max(self._sharing.fair, self.busy)
+
+    @property
     def ready(self) -> bool:
         """Whether the workers that there was room for at the start are up."""
-        return self._gather() and len(self._up) >= self._expected
+        return self._gather() and len(self._up) >= min(self._expected, self._sharing.fair)
 
     def step(self, seconds: float) -> None:
         """Hand out jobs, wait up to `seconds` for workers, deal with what came and with what did not."""
@@ -129,7 +136,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Kill the workers."""
-        self._nodes.write(self._folder, self._workers)
+        self._nodes.write(self._folder, self._sharing.now)
         for slot in self._slots.values():
             self._calls.drop(slot)
             slot.kill()
@@ -146,23 +153,33 @@ class Supervisor:
         """Whether jobs may start: every worker there is room for has passed the handshake."""
         if not self._gathered:
             greeted = self._greeted
-            self._gathered = greeted >= max(1, min(self._workers, self._nodes.room))
+            wanted = min(self._sharing.fair, self._nodes.room)
+            self._gathered = greeted >= max(1, wanted)
             self._expected = greeted
             if not self._gathered and time.monotonic() > self._gather_until:
                 self._gather_until += GATHER_SECONDS
                 self._gathered = greeted > 0
-                self._report(f"the cluster is busy: it has room for {greeted} of {self._workers} workers now")
+                placed = greeted + self._placed()
+                if placed < wanted:  # else they have room, and still copy models, say
+                    self._report(f"the cluster is busy: it has room for {placed} of {self._workers} workers now")
         return self._gathered
+
+    def _placed(self) -> int:
+        """How many workers have got room on a node, and did not greet yet: they copy models, say."""
+        return sum(slot.phase == "starting" and is_placed(slot.actor) for slot in self._slots.values())
 
     def _look(self, now: float) -> None:
         """What is done once a second: see how the nodes are, and what follows from it."""
         self._tell(self._crew.sender.news())
         self._nodes.refresh(now)
-        if self._nodes.avoided != self._avoided:
-            self._avoided = self._nodes.avoided
+        self._fit(now)
+        avoided = self._nodes.avoided | self._sharing.full
+        if avoided != self._avoided:
+            self._avoided = avoided
             for slot in list(self._slots.values()):
-                unplaced = slot.phase == "starting" and slot.avoid - self._avoided
-                if unplaced or (slot.node in self._avoided and slot.phase in ("building", "idle", "doubted")):
+                unplaced = slot.phase == "starting" and slot.avoid - avoided
+                leaves = slot.node in self._nodes.avoided and slot.phase in ("building", "idle", "doubted")
+                if unplaced or leaves:
                     self._replace(slot)
         self._give_up_on_starts(now)
         again, gone = self._suspects.judge(self._nodes.dead, ATTEMPTS, now)
@@ -174,7 +191,21 @@ class Supervisor:
             for entry in self._doubts.entries():
                 if entry.failed_first is not None and self._jobs.withdraw(entry):
                     self._conclude(entry, entry.failed_first, entry.failed_first.worker)
-        self._nodes.write(self._folder, self._workers)
+        self._nodes.write(self._folder, self._sharing.now)
+
+    def _fit(self, now: float) -> None:
+        """Have as many workers as this run may have beside others."""
+        coming = self._placed() if self._sharing.below else 0
+        nodes = self._nodes
+        self._sharing.look(now, self._jobs.count, nodes.capacity, nodes.avoided, nodes.held, coming)
+        for slot in reversed(list(self._slots.values())):
+            if slot.phase == "starting" and len(self._slots) > self._sharing.allowed:
+                self._end(slot)
+        for slot in reversed(list(self._slots.values())):
+            if slot.phase in ("building", "idle", "doubted") and self._sharing.must_go(slot.node, len(self._slots)):
+                self._let_go(slot)
+        while len(self._slots) < self._sharing.allowed:
+            self._hire(now)
 
     def _dispatch(self) -> None:
         """Give the next jobs to idle workers, in the order of submission."""
@@ -271,7 +302,7 @@ class Supervisor:
             if message.layout is not None and message.layout not in self._layouts:
                 self._layouts.append(message.layout)  # told once, since workers on equal GPUs have equal ones
                 emit("layout", worker=slot.name, node=slot.host, **message.layout)
-            if not self._all_up:
+            if slot.up and not self._all_up:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")
         elif message.explained is not None:
@@ -285,6 +316,8 @@ class Supervisor:
         self._engaged.discard(slot)
         if slot.node in self._nodes.avoided:
             self._replace(slot)
+        elif self._sharing.must_go(slot.node, len(self._slots)):
+            self._let_go(slot)
         else:
             self._idle.append(slot)
 
@@ -357,7 +390,18 @@ class Supervisor:
             self._report(f"{slot.name} is replaced: {why}")
         elif slot.up:
             self._report(f"{slot.name} moves away from {self._nodes.name(slot.node)}")
-        self._nodes.left(slot, died=bool(why))
+        self._end(slot, died=bool(why))
+        if len(self._slots) < self._sharing.allowed:
+            self._hire(time.monotonic())
+
+    def _let_go(self, slot: Slot) -> None:
+        """End a worker that has no trial for the sake of other runs; a place elsewhere is taken at the next look."""
+        emit("worker_released", worker=slot.name, node=slot.host)
+        self._sharing.went(slot.node, time.monotonic())
+        self._end(slot)
+
+    def _end(self, slot: Slot, *, died: bool = False) -> None:
+        self._nodes.left(slot, died=died)
         self._greeted -= slot.phase != "starting"
         self._calls.drop(slot)
         slot.kill()
@@ -365,10 +409,9 @@ class Supervisor:
         self._up.discard(slot)
         self._engaged.discard(slot)
         del self._slots[slot.number]
-        self._hire(time.monotonic())
 
     def _hire(self, now: float) -> None:
-        slot = self._crew.hire(now, self._nodes.avoided)
+        slot = self._crew.hire(now, self._nodes.avoided | self._sharing.full)
         self._slots[slot.number] = slot
 
     def _give_up_on_starts(self, now: float) -> None:

@@ -270,7 +270,7 @@ class ClusterConfig(_Section):
         ge=1,
         le=10_000,
         description="most candidates evaluated at the same time; on a cluster with less room the others start "
-        "when nodes join",
+        "when nodes join, and beside other runs there are as many as a fair share of it",
     )
     address: str | None = Field(None, description="address of a running Ray cluster; by default one is started here")
     gpus_per_worker: float = Field(

@@ -197,6 +197,7 @@ def _carry_on(
                 seen.line(why_ended(len(driver.population.candidates), driver.limit, budget))
                 earlier = sum(isinstance(event, End) for event in events)
                 ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
+            driver.close()  # what is left to do needs no workers, and other runs on the cluster may
             model = _hand_over(setup, folder, driver, ended, budget, seen.line)
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error

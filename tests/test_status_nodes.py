@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from command_line import meiosis
 
 from search.manifest import _KEYS, FORMAT
 from search.store.history import History
-from search.store.nodes_file import NodeState, WorkersState, write_nodes
+from search.store.nodes_file import NodeState, WorkersState, read_nodes, write_nodes
 from search.store.run_folder import RunFolder
 
 WORKERS = WorkersState(
@@ -51,6 +52,16 @@ def test_status_shows_nodes_workers_deaths_and_why_a_node_gets_no_work(run: RunF
 def test_status_of_a_stopped_run_says_when_its_nodes_were_seen(run: RunFolder) -> None:
     shown = meiosis("status", run.path)
     assert "Workers: 3 of at most 4 up when it stopped, 2030-01-01 12:00:00" in shown.out
+
+
+def test_status_tells_with_which_runs_the_cluster_is_shared(run: RunFolder) -> None:
+    write_nodes(run.workers, replace(WORKERS, share=1, others=("soups of ann@one", "one of bob@two")))
+    with run.lock():
+        shown = meiosis("status", run.path)
+    assert "Shares the cluster with soups of ann@one, one of bob@two: its share is 1 worker" in shown.out.splitlines()
+    found = meiosis("status", run.path, "--json").json["workers"]
+    assert (found["share"], found["others"]) == (1, ["soups of ann@one", "one of bob@two"])
+    assert read_nodes(run.workers) == replace(WORKERS, share=1, others=("soups of ann@one", "one of bob@two"))
 
 
 def test_status_as_json_has_the_nodes(run: RunFolder) -> None:

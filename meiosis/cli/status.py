@@ -125,6 +125,9 @@ def nodes(workers: WorkersState, *, running: bool) -> Iterator[str]:
     """Workers and nodes of a run on Ray, a line each."""
     when = "" if running else f" when it stopped, {workers.written_at}"
     yield f"Workers: {workers.up} of at most {workers.wanted} up{when}"
+    if workers.others:
+        share = f"its share is {_count(workers.share or 0, 'worker')}"
+        yield f"Shares the cluster with {', '.join(workers.others)}: {share}"
     for node in workers.nodes:
         state = f"{node.state} until {node.until}" if node.until and node.state == "set aside" else node.state
         if node.until and node.state == "draining":

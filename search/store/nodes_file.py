@@ -38,12 +38,22 @@ class NodeState:
 
 @dataclass(frozen=True)
 class WorkersState:
-    """Workers and nodes of a run. `wanted`: the most there may be; `written_at`: local time."""
+    """Workers and nodes of a run.
+
+    Attributes:
+        written_at: local time.
+        wanted: the most workers there may be.
+        up: those that are up.
+        share: how many of the cluster's the run may have beside the others; None where there are no others.
+        others: the other runs on the cluster, as `run of user@host`.
+    """
 
     written_at: str
     wanted: int
     up: int
     nodes: tuple[NodeState, ...]
+    share: int | None = None
+    others: tuple[str, ...] = ()
 
 
 def write_nodes(folder: Path, state: WorkersState) -> None:
@@ -58,6 +68,7 @@ def read_nodes(folder: Path) -> WorkersState | None:
     try:
         data = json.loads((folder / NODES).read_text(encoding="utf-8"))
         nodes = tuple(NodeState(**{**node, "workers": tuple(node["workers"])}) for node in data.pop("nodes"))
-        return WorkersState(**data, nodes=nodes)
+        others = tuple(str(other) for other in data.pop("others", ()))  # not in files of older versions
+        return WorkersState(**data, nodes=nodes, others=others)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
