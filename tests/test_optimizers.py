@@ -124,6 +124,24 @@ def test_diagonal_cma_asks_what_nevergrads_cma_asks_with_its_settings(
     assert asked_by(optimizer_named("diagonal_cma")) == asked_by(theirs)
 
 
+def test_diagonal_cma_takes_all_results_at_the_end_of_a_budget_and_goes_on_when_it_is_extended() -> None:
+    setting = problem(dimension=5, budget=600, window=16)
+    optimizer = optimizer_named("diagonal_cma")(setting)
+    means = []
+    for _ in range(3):  # a search of 200, extended twice
+        open_: list[Vector] = []
+        losses = []
+        for number in range(200 + setting.window):
+            if number < 200:
+                open_.append(optimizer.ask())
+            if number >= setting.window:
+                told = open_.pop(0)
+                losses.append(float(((told - 0.7) ** 2).sum()))
+                optimizer.tell(told, losses[-1])
+        means.append(sum(losses) / len(losses))
+    assert means[2] < 0.5 * means[1] < 0.25 * means[0]
+
+
 def test_diagonal_cma_finds_the_optimum_that_random_search_misses() -> None:
     setting = problem(dimension=20, budget=600)
 

@@ -40,6 +40,9 @@ class DiagonalCma:
         self._popsize = max(problem.window, 4 + int(3.0 * np.log(dimension)))
         self._first_step = problem.step / _DEVIATION_PER_SCALE * (0.3 if dimension < _MANY_GENES else 0.15)
         self._es: Any = None
+        # pycma takes one generation for each that it drew. At the end of a budget more are told, which wait for
+        # an extension of the run.
+        self._drawn = False
         self._suggested: deque[Vector] = deque()
         self._sampled: deque[Vector] = deque()
         self._told: list[tuple[Vector, float]] = []
@@ -56,6 +59,7 @@ class DiagonalCma:
             if not self._sampled:
                 with one_blas_thread():
                     self._sampled.extend(self._strategy().ask())
+                self._drawn = True
             full = _bounced(_SIGMA * (self._sampled.popleft() + self._start / _SIGMA))
         point = full[: self._genes].copy()
         self._asked.setdefault(point.tobytes(), deque()).append(full)
@@ -67,8 +71,9 @@ class DiagonalCma:
         if not waiting:
             del self._asked[point.tobytes()]
         strategy = self._strategy()
-        if len(self._told) >= strategy.popsize:
-            told, self._told = self._told, []
+        if self._drawn and len(self._told) >= self._popsize:
+            told, self._told = self._told[: self._popsize], self._told[self._popsize :]
+            self._drawn = False
             with one_blas_thread():
                 strategy.tell([x for x, _ in told], [loss for _, loss in told])
 
@@ -90,6 +95,7 @@ class DiagonalCma:
                 "tolflatfitness": 10**9,
                 "tolstagnation": 10**9,
             }
+            self._drawn = False
             self._es = cma.CMAEvolutionStrategy(x0=np.zeros(len(self._start)), sigma0=self._first_step, inopts=options)
         return self._es
 

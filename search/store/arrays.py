@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +22,10 @@ ScoreRows = list[tuple[str, NDArray[np.float64]]]
 """Key -> one number per item, in order; the keys are those of the column `scores`."""
 
 
+_SHORT = 32
+"""Texts of so many characters are kept."""
+
+
 def one(kind: pa.DataType, value: object) -> pa.Array:
     """An array of `kind` with the one element `value`."""
     return _null(kind) if value is None else _maker(kind)(value)
@@ -33,7 +37,7 @@ def _maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
     import pyarrow as pa
 
     if pa.types.is_string(kind):
-        return lambda value: texts([value])
+        return lambda value: _short(value) if len(value) <= _SHORT else texts([value])
     if pa.types.is_list(kind):
         return lambda value: lists([value], kind)
     if pa.types.is_map(kind):
@@ -42,6 +46,12 @@ def _maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
         return lambda value: pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(b"\x01" if value else b"\x00")])
     pack = struct.Struct("<d" if pa.types.is_floating(kind) else "<I" if kind == pa.uint32() else "<q").pack
     return lambda value: pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(pack(value))])
+
+
+@lru_cache(maxsize=1000)
+def _short(value: str) -> pa.Array:
+    """Kinds, workers, nodes and the like: the same few in all records."""
+    return texts([value])
 
 
 @cache
