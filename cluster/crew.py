@@ -22,6 +22,7 @@ from cluster.shards import shard_refs
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
 from search.errors import UserError, WorkerError
 from search.local_pool import one_line
+from search.outcome_check import LINE_CHARACTERS, printable
 from search.pool import WorkerPlan
 
 START_SECONDS = 300.0
@@ -184,6 +185,10 @@ class Crew:
 
 def reason(error: BaseException) -> str:
     """Why a call of a worker failed, in one line, out of Ray's page of text."""
+    return printable(_reason(error)[:LINE_CHARACTERS])
+
+
+def _reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return one_line(cause)

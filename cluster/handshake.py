@@ -39,6 +39,10 @@ class Package:
     sha256: str
 
 
+_NOTHING = Package("nowhere", "of nothing")
+"""What a worker has that says nothing about a package."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a process runs. `version` is that of the installed distribution, for people."""
@@ -63,7 +67,7 @@ def compare(driver: Identity, worker: Identity, name: str) -> None:
         WorkerError: a package or library differs; names node, package and both digests or versions.
     """
     for package, ours in driver.packages.items():
-        theirs = worker.packages[package]
+        theirs = worker.packages.get(package, _NOTHING)
         if theirs.sha256 != ours.sha256:
             raise WorkerError(
                 f"{name} on node {worker.node} has another package '{package}': sha256 {theirs.sha256[:16]} "
@@ -72,7 +76,7 @@ def compare(driver: Identity, worker: Identity, name: str) -> None:
                 "do not change its files during a run"
             )
     for library, expected in driver.libraries.items():
-        found = worker.libraries[library]
+        found = worker.libraries.get(library, "of unknown version")
         if found != expected:
             raise WorkerError(
                 f"{name} on node {worker.node} has {library} {found}, expected {expected} as in the driver; "
@@ -101,7 +105,7 @@ def evaluator_sources(specs: Iterable[EvaluatorSpec]) -> dict[str, Package]:
 def compare_evaluators(driver: Mapping[str, Package], worker: Mapping[str, Package], name: str, node: str) -> None:
     """Do nothing if the evaluators of both are the same. Raises `WorkerError` as `compare` does."""
     for evaluator, ours in driver.items():
-        theirs = worker[evaluator]
+        theirs = worker.get(evaluator, _NOTHING)
         if theirs.sha256 != ours.sha256:
             raise WorkerError(
                 f"{name} on node {node} has another evaluator '{evaluator}': sha256 {theirs.sha256[:16]} in "

@@ -3,7 +3,8 @@
 What is decided here, and why:
 
 * Our own Ray listens on loopback only, asks for a token, has no dashboard, sends no usage statistics
-  (unless `RAY_USAGE_STATS_ENABLED` says otherwise) and keeps its files in a folder of its own.
+  (unless `RAY_USAGE_STATS_ENABLED` says otherwise) and keeps its files in a folder of its own. Whoever wants Ray
+  on the network starts it with `ray start` and names its address.
 * Ray prints death reports of workers on stdout, from a thread of the driver. Results are what belongs
   on stdout, so while Ray runs, what Ray's threads print goes to a log file instead.
 * Ray replaces the handlers of SIGTERM and SIGINT when it starts; they are put back.
@@ -14,9 +15,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import ipaddress
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -28,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cluster.access import CONNECT_SECONDS, asks_for_token, ensure_token, on_loopback
 from search.errors import UserError, WorkerError
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
-CONNECT_SECONDS = 5.0
 _PREFIX = "meiosis-"
 _LONGEST_BASE = 22
 """Longest folder for Ray's files: below it come 68 characters of Ray's own and a name of 17, and a
@@ -41,12 +42,13 @@ socket's path ends at 107 bytes."""
 
 @dataclass
 class Session:
-    """Ray as this process has it. `own`: it is on this machine, started by us."""
+    """Ray as this process has it. `own`: it is on this machine, started by us. `asks_for_token`: of who connects."""
 
     address: str
     own: bool
     added_path: tuple[str, ...]
     folder: Path | None = None
+    asks_for_token: bool = True
     _lock: IO[str] | None = None
     _stdout: _SplitStdout | None = None
     _users: int = field(default=1)
@@ -115,12 +117,12 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
 def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
     import ray
 
-    _ensure_token()
+    ensure_token()
     folder, lock = _make_folder()
     stdout = _SplitStdout(log)
     options: dict[str, Any] = {} if with_gpus else {"num_gpus": 0}
     try:
-        with _same_signal_handlers():
+        with _same_signal_handlers(), on_loopback():
             context = ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -132,6 +134,12 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
                 _node_ip_address="127.0.0.1",
                 **options,
             )
+        node = context.address_info["node_ip_address"]
+        if not ipaddress.ip_address(node).is_loopback:
+            raise WorkerError(
+                f"Ray {ray.__version__} would listen on {node}, where others may reach it; install the version that "
+                "requirements.lock names, or start it yourself with 'ray start --head' and name it in cluster.address"
+            )
     except BaseException as error:
         ray.shutdown()
         stdout.restore()
@@ -140,7 +148,7 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
         if isinstance(error, Exception):
             raise WorkerError(f"Ray cannot be started on this machine: {_line(error)}") from error
         raise
-    session = Session(context.address_info["address"], True, _added_path(), folder, lock, stdout)
+    session = Session(context.address_info["address"], True, _added_path(), folder, _lock=lock, _stdout=stdout)
     atexit.register(_close_at_exit, session)
     return session
 
@@ -158,18 +166,21 @@ def _join(address: str, log: Path | None) -> Session:
         ) from error
     stdout = _SplitStdout(log)
     try:
+        asked = asks_for_token(address)
         with _same_signal_handlers():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except BaseException as error:
         ray.shutdown()
         stdout.restore()
+        if isinstance(error, WorkerError):
+            raise
         if isinstance(error, Exception):
             raise WorkerError(
                 f"the Ray cluster at '{address}' cannot be joined: {_line(error).partition('[')[0]}; if it asks for a "
                 "token, set RAY_AUTH_MODE=token here and give the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)"
             ) from error
         raise
-    return Session(address, False, _added_path(), _stdout=stdout)
+    return Session(address, False, _added_path(), asks_for_token=asked, _stdout=stdout)
 
 
 def _close_at_exit(session: Session) -> None:
@@ -185,28 +196,6 @@ def _line(error: BaseException) -> str:
 def _added_path() -> tuple[str, ...]:
     """What Ray puts in front of the `sys.path` of this driver's workers."""
     return os.path.abspath(os.curdir), os.path.dirname(os.path.realpath(sys.argv[0]))
-
-
-def _ensure_token() -> None:
-    """A token in Ray's usual place that only this user can read, so that `ray status` works as well."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    token = secrets.token_hex(32)
-    try:
-        path = Path.home() / ".ray" / "auth_token"
-        if path.exists():
-            if path.stat().st_mode & 0o077:
-                path.chmod(0o600)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Linked into place whole: another process must not read half a token.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:  # its mode is 600
-            file.write(token)
-            file.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(file.name, path)
-    except (OSError, RuntimeError):  # no home, or not writable: hand it down by environment
-        os.environ["RAY_AUTH_TOKEN"] = token
 
 
 def _make_folder() -> tuple[Path, IO[str]]:

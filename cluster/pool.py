@@ -101,6 +101,11 @@ class RayPool:
             crew = Crew(self._session, calls, plan, body, gpus_per_worker, workers, shards, notes)
             if address is not None:
                 tell("usage statistics stay as the head of the cluster has them")
+                if not self._session.asks_for_token:
+                    tell(
+                        "warning: this cluster asks for no token, so whoever reaches its ports runs code on its nodes; "
+                        "to switch it on, start its nodes with RAY_AUTH_MODE=token (see 'The token' in docs/cluster.md)"
+                    )
             if crew.room < workers:
                 tell(f"there is room for {crew.room} of {workers} workers until nodes join")
             run = working_folder.resolve().parent

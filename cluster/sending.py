@@ -17,6 +17,7 @@ from cluster.handshake import Identity
 from cluster.parcels import Offer, Parcel, parcels_of
 from cluster.shards import ShardRef
 from search.memory import gib
+from search.outcome_check import printable
 from search.pool import WorkerPlan
 from search.store.copied import Copied, note_copied
 
@@ -27,6 +28,12 @@ RESTARTS = 10
 CLOSE_SECONDS = 5.0
 READERS = 4
 """Pieces that are read at the same time."""
+_EVENTS: dict[str, dict[str, type]] = {
+    "began": {"what": str},
+    "going on": {"percent": int},
+    "ended": {"moved": int, "seconds": float, "folder": str},
+}
+"""What a node says of its copying, and the parts of it that are not always there."""
 
 
 def source_class() -> Any:
@@ -149,7 +156,7 @@ class Sender:
             events = ray.get(asked)
         except ray.exceptions.RayError:  # it is being started again; nodes that need it will say so
             return []
-        return [self._line(event) for event in events]
+        return [printable(self._line(event)) for event in events if _is_event(event)]
 
     def close(self) -> list[str]:
         """End the actor; returns what was not told yet."""
@@ -174,6 +181,14 @@ class Sender:
         if self._notes is not None:
             note_copied(self._notes, copied)
         return f"{where}: copied {gib(copied.nbytes)} in {copied.seconds:.1f} s to {copied.folder}, kept for later runs"
+
+
+def _is_event(event: object) -> bool:
+    """Whether this is what `cluster.receiving` says of its copying; what else a node says is dropped."""
+    if not isinstance(event, dict) or not isinstance(event.get("state"), str) or event["state"] not in _EVENTS:
+        return False
+    kinds = {"node": str, "node_id": str, "total": int} | _EVENTS[event["state"]]
+    return all(type(event.get(name)) is kind for name, kind in kinds.items())
 
 
 def _start(parcels: tuple[Parcel, ...]) -> Any:

@@ -6,10 +6,9 @@ job takes longer with more workers.
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,23 +16,24 @@ from typing import Any
 
 from cluster import handshake
 from cluster.calls import FOREVER, Calls
-from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Slot, reason
+from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Phase, Slot, reason
 from cluster.doubts import FAILURES_IN_A_ROW, Doubts
 from cluster.jobs import Entry, JobBook, Suspects
+from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, is_placed, node_of
 from cluster.sharing import Sharing
-from cluster.worker import Built, Greeting, StartError
+from cluster.start_deaths import StartDeath, StartDeaths
 from search.errors import WorkerError
 from search.local_pool import failed, one_line
-from search.outcome_check import OutcomeCheck, check_size
+from search.outcome_check import OutcomeCheck, cleaned
 from search.pool import Failure, FailureKind, Outcome
 from search.run_log import emit
 
 ATTEMPTS = 2
 """How often a job is started whose workers die or exceed the time limit."""
 START_DEATHS = 3
-"""After so many workers in a row that could not start, something is wrong for good. So it is when all workers
-died that often while they were idle, and none of them lived to take a job."""
+"""After so many workers in a row that could not start, something is wrong for good, see `cluster.start_deaths`. So
+it is when all workers died that often while they were idle, and none of them lived to take a job."""
 CHECK_SECONDS = 60.0
 """Time for an idle worker to answer; its machine may be busy with swapping."""
 MOMENT_SECONDS = 1.0
@@ -45,6 +45,12 @@ GATHER_SECONDS = 60.0
 """How long the first jobs wait for the handshake of workers that a busy cluster has no room for."""
 NODE_DEATH_SECONDS = 20.0
 """Ray may need this long to notice that a whole node died; its jobs are not to blame for that."""
+_EXPECTED: dict[Phase, tuple[type[Message], ...]] = {
+    "starting": (Greeting,),
+    "building": (Built, StartError),
+    "checking": (Alive,),
+}
+"""What a worker may say now; else, an outcome."""
 
 
 class Supervisor:
@@ -85,8 +91,10 @@ class Supervisor:
         self._up: set[Slot] = set()
         self._engaged: set[Slot] = set()
         self._idle: deque[Slot] = deque()
-        self._greeted = self._start_deaths = self._idle_deaths = self._expected = 0
+        self._greeted = self._idle_deaths = self._expected = 0
+        self._start_deaths = StartDeaths()
         self._gathered = self._all_up = False
+        self._layouts: list[Mapping[str, Any]] = []
         now = time.monotonic()
         self._next_look = now
         self._gather_until = FOREVER if patient else now + GATHER_SECONDS
@@ -173,6 +181,7 @@ class Supervisor:
                 leaves = slot.node in self._nodes.avoided and slot.phase in ("building", "idle", "doubted")
                 if unplaced or leaves:
                     self._replace(slot)
+        self._give_up_on_starts(now)
         again, gone = self._suspects.judge(self._nodes.dead, ATTEMPTS, now)
         for entry in again:
             self._jobs.put_back(entry)
@@ -238,23 +247,20 @@ class Supervisor:
 
         try:
             data = ray.get(ref)
-            check_size(data)
-            message = pickle.loads(data)  # noqa: S301 - written by our own worker
+            message = decode(data, *_EXPECTED.get(slot.phase, (Outcome,)))
         except ray.exceptions.OutOfMemoryError:
             self._lost(slot, "Ray ended it because its node ran out of memory", "out_of_memory")
             return
         except Exception as error:  # noqa: BLE001 - becomes the failure of the trial, or of the start
-            # What the worker's code raised, as where our packages are missing, and scores whose classes this
-            # process cannot read are errors. All else that Ray raises means that the process, its node or
+            # What the worker's code raised, as where our packages are missing, and what is no message of it are
+            # errors. All else that Ray raises means that the process, its node or
             # the result that lay on that node is gone.
             died = isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
             self._lost(slot, reason(error), "crash" if died else "error")
             return
-        if slot.phase == "starting":
-            assert isinstance(message, Greeting)
+        if isinstance(message, Greeting):
             self._greeting(slot, message)
-        elif slot.phase == "building":
-            assert isinstance(message, Built | StartError)
+        elif isinstance(message, Built | StartError):
             self._built(slot, message)
         elif slot.entry is not None and slot.phase == "checking":
             self._idle_deaths = 0
@@ -291,8 +297,11 @@ class Supervisor:
             self._up.add(slot)
             self._nodes.now_up()
             self._rest(slot)
-            self._start_deaths = 0
+            self._start_deaths.clear()
             emit("worker_ready", worker=slot.name, node=slot.host)
+            if message.layout is not None and message.layout not in self._layouts:
+                self._layouts.append(message.layout)  # told once, since workers on equal GPUs have equal ones
+                emit("layout", worker=slot.name, node=slot.host, **message.layout)
             if slot.up and not self._all_up:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")
@@ -341,7 +350,8 @@ class Supervisor:
             self._replace(doubted, why, "error")
         else:
             self._trust(doubted)
-        outcome = replace(outcome, worker=worker, attempts=entry.attempts, **entry.circumstances)
+        failure = outcome.failure and cleaned(outcome.failure)
+        outcome = replace(outcome, failure=failure, worker=worker, attempts=entry.attempts, **entry.circumstances)
         self._jobs.conclude(entry, outcome)
 
     def _trust(self, doubted: Slot | None) -> None:
@@ -359,9 +369,13 @@ class Supervisor:
         if phase == "checking":
             self._idle_deaths += 1
             self._stop_after(self._idle_deaths, START_DEATHS * self._workers, "died before they got a job", why)
+        elif set_aside:
+            self._start_deaths.clear()
         elif entry is None:
-            self._start_deaths = 0 if set_aside else self._start_deaths + 1
-            self._stop_after(self._start_deaths, START_DEATHS, "could not start", why, detail)
+            node_may_be_dead = kind == "crash" and slot.node and self._nodes.several
+            due = now + NODE_DEATH_SECONDS if node_may_be_dead else now
+            self._start_deaths.add(StartDeath(slot.node, why, detail, due))
+            self._give_up_on_starts(now)
         self._replace(slot, why, kind)
         if entry is not None and not entry.cancelled:
             if phase == "checking":
@@ -399,6 +413,10 @@ class Supervisor:
     def _hire(self, now: float) -> None:
         slot = self._crew.hire(now, self._nodes.avoided | self._sharing.full)
         self._slots[slot.number] = slot
+
+    def _give_up_on_starts(self, now: float) -> None:
+        if deaths := self._start_deaths.counted(self._nodes.dead, now):
+            self._stop_after(len(deaths), START_DEATHS, "could not start", deaths[-1].why, deaths[-1].detail)
 
     def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:
         if deaths >= most:

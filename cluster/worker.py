@@ -1,8 +1,9 @@
 """The process that merges and evaluates.
 
 Ray sees bytes going in and bytes coming out, so it never imports a module of ours to read a message
-before the guard below has run, and what cannot be pickled is a failure with a name instead of a
-lost worker. Errors travel as data for the same reason.
+before the guard below has run, and what cannot be sent is a failure with a name instead of a
+lost worker. What the driver says is pickled, and what it is told is plain data, errors too: see
+`cluster.messages`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.handshake import Identity, Package, compare, evaluator_sources, identity
+from cluster.handshake import compare, evaluator_sources, identity
+from cluster.messages import Alive, Built, Greeting, StartError, encode
 from cluster.parcels import Offer
 from cluster.receiving import ActorChannel, Located, locate
 from cluster.shards import node_folder, warm
-from search.errors import MeiosisError, UserError, WorkerError
+from search.errors import MeiosisError, WorkerError
 from search.local_pool import Body, failed, make_body, one_line, run_body
-from search.outcome_check import check_size
 from search.pool import Failure, Job, WorkerPlan
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -50,15 +51,6 @@ class Surroundings:
     environment: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class StartError:
-    """Why a body could not be constructed; `explained` is the error if it is one for the user."""
-
-    message: str
-    detail: str
-    explained: MeiosisError | None
-
-
 def actor_class() -> Any:
     """The class of the actor, to be given to `ray.remote`.
 
@@ -70,7 +62,7 @@ def actor_class() -> Any:
 
     class MeiosisWorker:
         def hello(self, surroundings: dict[str, Any], offer: bytes, source: Any = None) -> bytes:
-            """Set up imports and environment, and find the files; returns the pickled identity and Ray's node id."""
+            """Set up imports and environment, and find the files; returns the greeting."""
             import os
             import sys
             from importlib.machinery import PathFinder
@@ -114,7 +106,7 @@ def actor_class() -> Any:
 
 
 class Worker:
-    """The inside of the actor. Every method returns pickled plain data and raises nothing."""
+    """The inside of the actor. Every method returns a message of `cluster.messages` and raises nothing."""
 
     _body: Body
     _located = Located()
@@ -122,7 +114,7 @@ class Worker:
 
     def hello(self, offer: bytes, source: Any = None) -> bytes:
         """Find the models and data of a pickled `Offer`, and get from the actor `source` what this node does not
-        see. Pickled `Greeting`.
+        see. Returns a `Greeting`.
 
         What is wrong with them is kept for `build`: a difference in code is told first. It is found
         here because every worker that there is room for has greeted before the first job is sent.
@@ -140,10 +132,10 @@ class Worker:
             self._located = locate(offered, channel, node_id=node_id)
         except Exception as error:  # noqa: BLE001 - raised again by the driver
             self._fault = _start_error(error)
-        return pickle.dumps(Greeting(ours, node_id, os.getpid()))
+        return encode(Greeting(ours, node_id, os.getpid()))
 
     def build(self, setup: bytes) -> bytes:
-        """Construct the body, while the models are read ahead. Pickled `Built`, or the `StartError`.
+        """Construct the body, while the models are read ahead. Returns `Built`, or the `StartError`.
 
         Unless the plan says otherwise, what operators prepare is shared by all workers of a node, also
         of other runs: the files there are named by the content of the models.
@@ -164,44 +156,26 @@ class Worker:
 
             threadpool_limits(plan.threads)
             # After the body loaded them: what is hashed is what runs.
-            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators))
+            layout = getattr(self._body, "layout", None)
+            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators), layout)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by the driver
             return _start_error(error)
-        return pickle.dumps(built)
+        return encode(built)
 
     def check(self) -> bytes:
-        """Nothing, to show that the worker is alive. Pickled `None`."""
-        return pickle.dumps(None)
+        """Shows that the worker is alive."""
+        return encode(Alive())
 
     def run(self, job: bytes) -> bytes:
-        """Pickled outcome of a pickled job."""
+        """The outcome of a pickled job."""
         request = pickle.loads(job)  # noqa: S301 - written by our own driver
         assert isinstance(request, Job)
         outcome = run_body(self._body, request)
         try:
-            message = pickle.dumps(outcome)
-            check_size(message)
-            return message
-        except Exception as error:  # noqa: BLE001 - pickle raises what the object's own methods raise
+            return encode(outcome)
+        except Exception as error:  # noqa: BLE001 - of objects that the body put into it
             why = f"the outcome cannot be sent to the driver: {one_line(error)}"
-            return pickle.dumps(failed(request, Failure("error", why, traceback.format_exc())))
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """The first word of a worker: what it runs, on which node of Ray, in which process."""
-
-    identity: Identity
-    node_id: str
-    pid: int
-
-
-@dataclass(frozen=True)
-class Built:
-    """A worker can take jobs: on which node, and with which evaluators, see `handshake.evaluator_sources`."""
-
-    node: str
-    evaluators: Mapping[str, Package]
+            return encode(failed(request, Failure("error", why, traceback.format_exc())))
 
 
 def _warm(files: Sequence[Path]) -> None:
@@ -211,14 +185,6 @@ def _warm(files: Sequence[Path]) -> None:
 
 
 def _start_error(error: BaseException) -> bytes:
-    detail = traceback.format_exc()
-    if isinstance(error, MeiosisError):
-        try:
-            pickled = pickle.dumps(StartError(str(error), detail, error))
-            pickle.loads(pickled)  # noqa: S301 - an exception with its own constructor may pickle but not load
-            return pickled
-        except Exception:  # noqa: BLE001 - sent as the nearest of our own errors below
-            explained = UserError(str(error)) if isinstance(error, UserError) else MeiosisError(str(error))
-            explained.exit_status = error.exit_status
-            return pickle.dumps(StartError(str(error), detail, explained))
-    return pickle.dumps(StartError(one_line(error), detail, None))
+    explained = error if isinstance(error, MeiosisError) else None
+    message = one_line(error) if explained is None else str(error)
+    return encode(StartError(message, traceback.format_exc(), explained))

@@ -277,7 +277,8 @@ class ClusterConfig(_Section):
         0,
         ge=0,
         allow_inf_nan=False,
-        description="GPUs that a worker reserves: a fraction of one, or a whole number, all of them on one node",
+        description="GPUs that a worker reserves: a fraction of one, or a whole number, all of them on one node; over "
+        "several it lays its model, for models that are larger than one",
     )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of a worker; part of the run, sums depend on it")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$", description="auto, cpu, cuda, ...")
@@ -305,6 +306,10 @@ class ClusterConfig(_Section):
             raise ValueError("pool: local knows no address and no gpus_per_worker; use pool: ray, or leave them out")
         if self.pool == "local" and self.shards == "copy":
             raise ValueError("pool: local copies nothing; use pool: ray, or leave shards out")
+        if self.gpus_per_worker > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device: {self.device} is one GPU and gpus_per_worker is {self.gpus_per_worker:g}; write device: cuda"
+            )
         return self
 
 

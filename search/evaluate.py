@@ -26,6 +26,8 @@ def evaluate_model(
         UserError: the model or the config has a fault.
         MeiosisError: the evaluation failed.
     """
+    import torch
+
     from search.evaluation import Evaluation
 
     checkpoint = open_checkpoint(model)
@@ -40,7 +42,9 @@ def evaluate_model(
     )
     cluster = loaded.config.cluster
     dtype = cluster.dtype or merged_dtype(checkpoint)
-    plan = WorkerPlan(refs, BASE, specs, cluster.device, dtype, cluster.threads, loaded.config.seed)
+    # Over as many GPUs as a worker of the config would have, if they are here.
+    gpus = max(1, min(int(cluster.gpus_per_worker), torch.cuda.device_count()))
+    plan = WorkerPlan(refs, BASE, specs, cluster.device, dtype, cluster.threads, loaded.config.seed, gpus=gpus)
     recipe = Recipe(base=BASE, models=refs, rules=(soup_rule((BASE,)),), dtype=dtype)
     outcome = Evaluation(plan).run(Job(0, recipe, items))
     if outcome.failure:

@@ -6,6 +6,7 @@ it, and what went wrong with a candidate is its outcome, not the end of the work
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -13,10 +14,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
 from search.checkpoints.fingerprint import hash_tensors
+from search.device_map import Layout, lay_out, plan_layout, room_on
+from search.devices import worker_devices
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
 from search.merge.live import Instead, LiveModel, build_live_model
@@ -33,19 +37,24 @@ class Evaluation:
     """Merges and scores candidates, one after the other.
 
     Args:
-        plan: models, evaluators, device and threads.
+        plan: models, evaluators, devices and threads.
+        devices: what the live model is laid over, instead of the devices of the plan.
 
     Raises:
         MeiosisError: models or evaluators cannot be made ready here.
     """
 
-    def __init__(self, plan: WorkerPlan) -> None:
+    def __init__(self, plan: WorkerPlan, devices: Sequence[str] | None = None) -> None:
         import torch
 
         torch.set_num_threads(plan.threads)
         self._seed = plan.seed
         self.name = f"{platform.node()}/{os.getpid()}"
-        device = resolve_device(plan.device)
+        self._devices = worker_devices(plan.device, plan.gpus) if devices is None else tuple(devices)
+        device = self._devices[0]
+        self._reserved = {"live": plan.beside_live, "learning": plan.beside_learning}
+        self._layouts: dict[str, Layout] = {}
+        self._targets: dict[str, torch.Tensor] = {}
         base = plan.models[plan.base]
         self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
         checkpoints = open_models(plan.models, base=plan.base)
@@ -77,14 +86,42 @@ class Evaluation:
 
     def _build(self) -> None:
         """Make the live model, and know nothing of what is in it."""
+        # There may be no room for two.
+        self._changed = True
+        self._merger.invalidate()
+        self._targets = {}
+        self.__dict__.pop("_model", None)
+        self._let_go()
         self._model = self._live_model(self._dtype)
         self._targets = self._model.targets(self._names)
         self._elsewhere = [name for name in self._names if name not in self._targets]
         self._changed = False
-        self._merger.invalidate()
 
-    def _live_model(self, dtype: str | None) -> LiveModel:
-        return build_live_model(self._folder, device=self._device, dtype=dtype, instead=self._instead)
+    def _live_model(self, dtype: str | None, purpose: str = "live") -> LiveModel:
+        def lay(model: Any) -> None:
+            if purpose not in self._layouts:  # made once: a model that is built again is where it was
+                room = room_on(self._devices, self._reserved[purpose])
+                self._layouts[purpose] = plan_layout(model, self._devices, room)
+            lay_out(model, self._layouts[purpose])
+
+        several = len(self._devices) > 1
+        return build_live_model(
+            self._folder,
+            device="cpu" if several else self._device,
+            dtype=dtype,
+            instead=self._instead,
+            lay_out=lay if several else None,
+        )
+
+    @property
+    def layout(self) -> dict[str, Any] | None:
+        """What of the live model is on which of several devices, as plain data; None where it is on one."""
+        return self._layouts["live"].as_data() if "live" in self._layouts else None
+
+    def _let_go(self) -> None:
+        """Free what a model that nobody uses any more takes: hooks of accelerate hold on to their modules."""
+        if len(self._devices) > 1:
+            gc.collect()
 
     def run(self, job: Job) -> Outcome:
         """Evaluate one candidate; never raises for what the candidate or an evaluator did.
@@ -115,7 +152,8 @@ class Evaluation:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this trial
             self._merger.invalidate()
             failed = self._failed(outcome, "error", error, started, merged)
-            require_device(self._device)
+            for device in self._devices:
+                require_device(device)
         if failed is not None:
             # Only now: the traceback of the error held on to what it had allocated.
             if torch.device(self._device).type == "cuda":
@@ -155,7 +193,7 @@ class Evaluation:
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
                     # The same draws for every candidate: they are compared with each other.
-                    with seeded(derive_seed(self._seed, "evaluator", name), self._device):
+                    with seeded(derive_seed(self._seed, "evaluator", name), *self._devices):
                         scores = Scores.join(list(evaluator.evaluate(model, items)))
                     found[name] = _complete(name, scores, items)
                     model.eval()
@@ -175,11 +213,11 @@ class Evaluation:
         from search.soups.learned import learn_soup
 
         try:
-            with seeded(derive_seed(self._seed, "soup"), self._device):
+            with seeded(derive_seed(self._seed, "soup"), *self._devices):
                 return learn_soup(
                     start,
                     plan,
-                    live=self._live_model("float32"),
+                    live=self._live_model("float32", "learning"),
                     names=self._names,
                     merger=self._merger,
                     sources=self._sources,
@@ -187,6 +225,7 @@ class Evaluation:
                 )
         finally:
             self._merger.invalidate()  # it knows the tensors of that model, and would keep them
+            self._let_go()
 
     def _aggregate(self, scores: Mapping[str, Scores]) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -230,24 +269,6 @@ def require_device(device: str) -> None:
             f"{device} fails whatever it is asked, until this process ends: {str(error).splitlines()[0]}; "
             "the run can go on in a new one (meiosis resume)"
         ) from error
-
-
-def resolve_device(device: str) -> str:
-    """`auto` as the device that is there; a device that is asked for and not there is an error.
-
-    Raises:
-        MeiosisError: the config asks for a GPU and this worker sees none.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MeiosisError(
-            f"cluster.device is '{device}' but this worker sees no CUDA device; set cluster.device to cpu or auto, "
-            "or cluster.gpus_per_worker so that Ray gives it one"
-        )
-    return device
 
 
 def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:

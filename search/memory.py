@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluators.likelihood import SOFTMAX_ELEMENTS
 from evaluators.tokens import DEFAULT_MAX_TOKENS
 from search.errors import UserError
+from search.grouping import place_of
 from search.sources import view_models
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ CUDA_HOST_BYTES = 2 << 30
 """What CUDA takes of a process's main memory beside that."""
 CUDA_CONTEXT_BYTES = 1 << 30
 """What a process takes of a GPU before the first tensor, with the work spaces of the libraries for matrices."""
+WORK_SPACE_BYTES = CUDA_CONTEXT_BYTES // 2
+"""What of that is not yet taken when a model is laid over several GPUs."""
 SCRATCH_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 """Elements of a block of the merge, on the CPU and on a GPU."""
 DEFAULT_BATCH_TOKENS = 2048
@@ -53,6 +56,9 @@ class Needs:
         merging: buffers of the merge, and one tensor.
         learning: a baseline that learns by gradient: a float32 model and all its activations.
         on_gpu: whether all this is on a GPU; then a worker's main memory holds the live model while it is loaded.
+        learned: the float32 model in `learning`.
+        block: the largest part of the live model that is not split over GPUs.
+        gpus: GPUs of one worker, over which its models are laid.
     """
 
     sources: int
@@ -61,6 +67,9 @@ class Needs:
     merging: int
     learning: int
     on_gpu: bool
+    learned: int = 0
+    block: int = 0
+    gpus: int = 1
 
     @property
     def host(self) -> int:
@@ -69,8 +78,30 @@ class Needs:
 
     @property
     def gpu(self) -> int:
-        """Memory of one worker's GPUs."""
-        return CUDA_CONTEXT_BYTES + self._work if self.on_gpu else 0
+        """Memory of each of one worker's GPUs."""
+        return CUDA_CONTEXT_BYTES + self._share(self.live) + self.beside_live if self.on_gpu else 0
+
+    @property
+    def beside_live(self) -> int:
+        """What is needed on each GPU beside its share of the live model. Every one holds a batch at a time."""
+        return self.merging + max(self.activations, self.learning - self.learned + self._share(self.learned))
+
+    @property
+    def beside_learning(self) -> int:
+        """What is needed on each GPU beside its shares of the live model and of the one that learns."""
+        return self.merging + self.learning - self.learned
+
+    def fits(self, gpus: Sequence[int]) -> bool:
+        """Whether one worker fits on GPUs with so many free bytes each."""
+        room = sum(max(0, free - CUDA_CONTEXT_BYTES - self.beside_live) for free in gpus)
+        return room >= self.live + (len(gpus) - 1) * self.block
+
+    def _share(self, model: int) -> int:
+        """Most of a model that one of the GPUs has: cuts are between blocks, so each but the last may lack one."""
+        if self.gpus == 1 or not self.live:
+            return model
+        block = self.block * model // self.live
+        return min(model, -(-(model + (self.gpus - 1) * block) // self.gpus))
 
     @property
     def _work(self) -> int:
@@ -132,17 +163,29 @@ class MemoryPlan:
         if needs.host * share.workers > node.memory:
             what = f"{gib(needs.host * share.workers)} of memory, and {gib(node.memory)} are free"
         else:
-            what = f"{gib(needs.gpu)} of GPU memory each, and {', '.join(map(gib, node.gpus))} are free"
+            what = f"{gib(needs.gpu)} of GPU memory each"
+            if needs.gpus > 1:
+                what = f"{gib(needs.gpu)} on each of {needs.gpus} GPUs"
+            what += f", and {', '.join(map(gib, node.gpus))} are free"
         workers = f"{share.workers} worker{'s' * (share.workers != 1)}"
         way_out = (
             f"set cluster.workers to at most {self.largest}"
             if self.largest
-            else "not even one fits: set cluster.dtype to bfloat16, or batch_tokens of the evaluators to less"
+            else f"not even one fits: set {self._more_gpus()}cluster.dtype to bfloat16, or batch_tokens of the "
+            "evaluators to less"
         )
         raise UserError(
             f"cluster.workers: on node {node.name} {workers} would need {what}; {way_out} "
             "(cluster.check_memory: false tries it all the same)"
         )
+
+    def _more_gpus(self) -> str:
+        """How many GPUs one worker would need on some node, if that is what it lacks."""
+        for gpus in range(self.needs.gpus + 1, max(len(share.node.gpus) for share in self.shares) + 1):
+            needs = replace(self.needs, gpus=gpus)
+            if any(_most(needs, share.node, gpus) for share in self.shares if len(share.node.gpus) >= gpus):
+                return f"cluster.gpus_per_worker to {gpus}, over which a worker lays its model, or "
+        return ""
 
 
 def plan_memory(needs: Needs, nodes: Sequence[Node], workers: int, gpus_per_worker: float = 0.0) -> MemoryPlan:
@@ -152,6 +195,7 @@ def plan_memory(needs: Needs, nodes: Sequence[Node], workers: int, gpus_per_work
         nodes: at least one.
         gpus_per_worker: may be a fraction.
     """
+    needs = replace(needs, gpus=max(1, math.ceil(gpus_per_worker)))
     most = [_most(needs, node, gpus_per_worker) for node in nodes]
     given = [0] * len(nodes)
     largest, fits = 0, True
@@ -173,9 +217,9 @@ def _most(needs: Needs, node: Node, gpus_per_worker: float) -> int:
     if not needs.on_gpu or not node.gpus:
         return by_host
     if gpus_per_worker > 1:  # a model that is laid over several
-        each = math.ceil(gpus_per_worker)
+        each = needs.gpus
         groups = [node.gpus[at : at + each] for at in range(0, len(node.gpus) - each + 1, each)]
-        return min(by_host, sum(sum(group) >= needs.gpu for group in groups))
+        return min(by_host, sum(needs.fits(group) for group in groups))
     if not gpus_per_worker:  # nothing is reserved: all workers meet on the first
         return min(by_host, node.gpus[0] // needs.gpu)
     per_gpu = int(1 / gpus_per_worker + 1e-6)
@@ -189,18 +233,19 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         has_gpu: whether a worker that looks for a GPU would find one.
     """
     cluster, base = setup.config.cluster, setup.checkpoints["base"]
-    tensors = view_models(setup.checkpoints, donor="base").views["base"].tensors.values()
-    sizes = [_tensor_bytes(info.dtype, info.shape, setup.dtype) for info in tensors]
-    elements = [math.prod(info.shape) for info in tensors]
+    tensors = view_models(setup.checkpoints, donor="base").views["base"].tensors
+    sizes = [_tensor_bytes(info.dtype, info.shape, setup.dtype) for info in tensors.values()]
+    elements = [math.prod(info.shape) for info in tensors.values()]
     live = sum(sizes)
     on_gpu = setup.device.startswith("cuda") or (setup.device == "auto" and has_gpu)
     width = _width(setup.dtype or str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32"))
     size = model_size(base.config)
     activations = max((_activations(size, e, width, live) for e in setup.evaluators.values()), default=0)
-    learning = 0
+    learned = learning = 0
     if any(baseline.name == "learned_soup" for baseline in setup.config.search.baselines):
         trained = max((_activations(size, e, 4, live, train=True) for e in setup.evaluators.values()), default=0)
-        learning = 4 * (sum(elements) + max(elements)) + trained
+        learned = 4 * sum(elements)
+        learning = learned + 4 * max(elements) + trained
     blocks = SCRATCH_ELEMENTS[on_gpu] * 4 * (len(setup.config.models.sources) + 3) * (1 if on_gpu else cluster.threads)
     return Needs(
         sources=sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
@@ -209,6 +254,9 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         merging=blocks + max(sizes),
         learning=learning,
         on_gpu=on_gpu,
+        learned=learned,
+        block=_largest_block(dict(zip(tensors, sizes, strict=True))),
+        gpus=max(1, math.ceil(cluster.gpus_per_worker)) if on_gpu else 1,
     )
 
 
@@ -270,6 +318,16 @@ def _activations(size: ModelSize | None, evaluator: Evaluator, width: int, live:
     batch = getattr(evaluator.options, "batch_tokens", None) or DEFAULT_BATCH_TOKENS
     longest = getattr(evaluator.options, "max_tokens", None) or DEFAULT_MAX_TOKENS
     return activation_bytes(size, batch, longest, width, train=train)
+
+
+def _largest_block(sizes: Mapping[str, int]) -> int:
+    """Bytes of the largest layer, or of the largest tensor outside of layers, by name."""
+    blocks: dict[tuple[object, ...], int] = {}
+    for name, nbytes in sizes.items():
+        place = place_of(name)
+        key = (name,) if place.layer is None else (place.stack, place.layer)
+        blocks[key] = blocks.get(key, 0) + nbytes
+    return max(blocks.values(), default=0)
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:

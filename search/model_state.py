@@ -25,9 +25,14 @@ def model_state(model: torch.nn.Module) -> dict[str, tuple[object, ...]]:
     found = [_checksum(tensor.device).of(tensor) for tensor in tensors.values()]
     # Taken from the device together: every single one would wait for it.
     bits: list[int] = torch.stack([checksum.to(found[0].device) for checksum in found]).tolist() if found else []
+    # Of a model that is laid over several devices: without them it does not run.
+    hooked = tuple(name for name, module in model.named_modules() if "_hf_hook" in vars(module))
     return {
-        name: (tensor.data_ptr(), tensor.dtype, tensor.shape, version_of(tensor), bits_of_one)
-        for (name, tensor), bits_of_one in zip(tensors.items(), bits, strict=True)
+        "": hooked,
+        **{
+            name: (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, version_of(tensor), bits_of_one)
+            for (name, tensor), bits_of_one in zip(tensors.items(), bits, strict=True)
+        },
     }
 
 

@@ -41,7 +41,7 @@ class NevergradBox:
         # Bounds by clipping of the coordinate keep the box flat; nevergrad's own RandomState, never global.
         array = ng.p.Array(init=start.copy(), lower=0.0, upper=1.0)
         array.random_state = np.random.RandomState(problem.seed)
-        with _one_blas_thread():
+        with one_blas_thread():
             self._optimizer = make(array, budget=problem.budget, num_workers=problem.window)
         self._suggested: deque[Vector] = deque()
         self._asked: dict[bytes, deque[Any]] = {}
@@ -50,7 +50,7 @@ class NevergradBox:
         self._suggested.append(point)
 
     def ask(self) -> Vector:
-        with _one_blas_thread():
+        with one_blas_thread():
             if self._suggested:
                 # nevergrad's queue of suggestions is last in, first out: hand them over one by one.
                 suggested = self._suggested.popleft()
@@ -65,7 +65,7 @@ class NevergradBox:
         candidate = waiting.popleft()
         if not waiting:
             del self._asked[point.tobytes()]
-        with _one_blas_thread():
+        with one_blas_thread():
             self._optimizer.tell(candidate, loss)
 
     def parts(self) -> set[str]:
@@ -97,12 +97,19 @@ class NevergradBox:
         return names
 
 
-def import_nevergrad() -> tuple[Any, Any]:
-    """nevergrad and cma, without cma's warning that it cannot plot."""
+def import_cma() -> Any:
+    """pycma, without its warning that it cannot plot."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Could not import matplotlib")
         import cma
-        import nevergrad
+    return cma
+
+
+def import_nevergrad() -> tuple[Any, Any]:
+    """nevergrad and the pycma inside it."""
+    cma = import_cma()
+    import nevergrad
+
     return nevergrad, cma
 
 
@@ -111,12 +118,13 @@ def _blas() -> Any:
     """The BLAS libraries that are loaded, looked up once: looking costs more than an ask."""
     from threadpoolctl import ThreadpoolController
 
-    import_nevergrad()
+    import_cma()
 
     return ThreadpoolController()
 
 
-def _one_blas_thread() -> Any:
+def one_blas_thread() -> Any:
+    """A context in which BLAS runs on one thread: CMA-ES asks otherwise with another number."""
     return _blas().limit(limits=1, user_api="blas")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -18,10 +19,14 @@ MESSAGE_BYTES = 64 * 2**20
 LINE_CHARACTERS = 2_000
 DETAIL_CHARACTERS = 100_000
 """Longer messages and tracebacks of failures are cut."""
+NAME_CHARACTERS = 500
+"""Longest name of a metric or evaluator."""
+LONGEST_SECONDS = 1e9
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def checked(outcome: object, job: Job) -> Outcome:
-    """The outcome with plain floats for metrics; a metric that is no finite number makes it a failure.
+    """The outcome with plain floats for metrics and scores; one that is no finite number makes it a failure.
 
     Raises:
         TypeError: not an `Outcome`, or parts of it have other types than it declares.
@@ -30,34 +35,34 @@ def checked(outcome: object, job: Job) -> Outcome:
     if not isinstance(outcome, Outcome):
         raise TypeError(f"the worker returned {type(outcome).__name__}, expected Outcome")
     if outcome.key != job.key:
-        raise ValueError(f"the worker returned the outcome of {outcome.key}, expected that of {job.key}")
+        raise ValueError(f"the worker returned the outcome of {outcome.key!r:.200}, expected that of {job.key}")
     if not (isinstance(outcome.metrics, Mapping) and isinstance(outcome.scores, Mapping)):
         raise TypeError("outcome.metrics and outcome.scores must be mappings")
-    failure = _failure(outcome.failure)
+    failure = None if outcome.failure is None else cleaned(outcome.failure)
     if failure is not None and (outcome.scores or outcome.metrics):
         raise ValueError("the outcome has a failure and scores; expected one of them")
     seconds = [_number(f"outcome.{name}", getattr(outcome, name)) for name in ("merge_seconds", "evaluate_seconds")]
-    if not all(math.isfinite(value) and value >= 0 for value in seconds):
+    if not all(0 <= value <= LONGEST_SECONDS for value in seconds):  # not a number is neither
         raise ValueError(f"outcome.merge_seconds and evaluate_seconds are {seconds}, expected at least 0")
     if type(outcome.bytes_read) is not int or not 0 <= outcome.bytes_read < 2**63:
         raise ValueError(f"outcome.bytes_read is {outcome.bytes_read!r}, expected a number of bytes")
-    if not isinstance(outcome.weights_sha256, str | None):
-        raise TypeError(f"outcome.weights_sha256 is {type(outcome.weights_sha256).__name__}, expected text or None")
+    _check_hash(outcome.weights_sha256)
     untrusted: Mapping[Any, Any] = outcome.metrics
     metrics: dict[str, float] = {}
     for name, value in untrusted.items():
-        if not isinstance(name, str):
-            raise TypeError(f"outcome.metrics has the name {name!r}, expected text")
+        _check_name("outcome.metrics", name)
         metrics[name] = _number(f"outcome.metrics[{name!r}]", value)
-    for name, scores in outcome.scores.items():
-        _check_scores(name, scores)
-    bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+    scores = {name: _checked_scores(name, block) for name, block in outcome.scores.items()}
+    bad = next((f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)), None)
+    bad = bad or next(filter(None, (_not_finite(name, block) for name, block in scores.items())), None)
     if bad is not None:
-        failure = Failure("not_finite", f"{bad} is {metrics[bad]}")
+        failure = Failure("not_finite", bad)
     return replace(
         outcome,
+        candidate=job.candidate,  # equal to what came, and an integer
+        items=job.items,
         metrics={} if failure else metrics,
-        scores={} if failure else outcome.scores,
+        scores={} if failure else scores,
         failure=failure,
         merge_seconds=seconds[0],
         evaluate_seconds=seconds[1],
@@ -86,6 +91,8 @@ class OutcomeCheck:
         good = checked(outcome, job)
         if good.failure is not None or not self._specs:
             return good
+        if job.hash_weights and good.weights_sha256 is None:
+            raise ValueError("the worker returned no hash of the weights, which the job asked for")
         expected = self._expected(job.items)
         if good.scores.keys() != expected.keys():
             raise ValueError(f"the worker returned scores of {sorted(good.scores)}, expected {sorted(expected)}")
@@ -117,9 +124,20 @@ def check_size(message: bytes) -> None:
         raise ValueError(f"the outcome has {len(message)} bytes, expected at most {MESSAGE_BYTES}")
 
 
-def _failure(failure: object) -> Failure | None:
-    if failure is None:
-        return None
+def printable(text: str) -> str:
+    """The text; what a terminal would obey, and what UTF-8 cannot hold, is written out."""
+    if text.isprintable():
+        return text
+    keep = "\t\n"
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def cleaned(failure: object) -> Failure:
+    """The failure with one line for a message, which like the traceback is cut and printable.
+
+    Raises:
+        TypeError, ValueError: not a `Failure`, or parts of it have other types than it declares.
+    """
     if not isinstance(failure, Failure):
         raise TypeError(f"outcome.failure is {type(failure).__name__}, expected Failure or None")
     untrusted: Any = failure
@@ -128,21 +146,57 @@ def _failure(failure: object) -> Failure | None:
     if not (isinstance(untrusted.message, str) and isinstance(untrusted.detail, str)):
         raise TypeError("outcome.failure.message and detail must be text")
     line = next(iter(failure.message.strip().splitlines()), "")
-    return Failure(failure.kind, line[:LINE_CHARACTERS], failure.detail[-DETAIL_CHARACTERS:])
+    return Failure(failure.kind, printable(line[:LINE_CHARACTERS]), printable(failure.detail[-DETAIL_CHARACTERS:]))
 
 
 def _number(what: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} is {type(value).__name__}, expected a float")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{what} is larger than any float") from None
 
 
-def _check_scores(name: object, scores: object) -> None:
-    if not isinstance(name, str) or not isinstance(scores, Scores):
+def _check_name(where: str, name: object) -> None:
+    """Raise for what the history cannot hold as the name of a metric or evaluator, or a table cannot show."""
+    if not isinstance(name, str):
+        raise TypeError(f"{where} has the name {name!r:.50}, expected text")
+    if not name or len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise ValueError(f"{where} has the name {name[:50]!r}, expected 1 to {NAME_CHARACTERS} printable characters")
+
+
+def _check_hash(digest: object) -> None:
+    if digest is None:
+        return
+    if not isinstance(digest, str):
+        raise TypeError(f"outcome.weights_sha256 is {type(digest).__name__}, expected text or None")
+    if not _SHA256.fullmatch(digest):
+        raise ValueError(f"outcome.weights_sha256 is {digest[:80]!r}, expected 64 hex digits")
+
+
+def _not_finite(name: str, scores: Scores) -> str | None:
+    """Which value of which item is no finite number, if one is."""
+    for metric, values in scores.values.items():
+        finite = np.isfinite(values)
+        if not finite.all():
+            first = int(np.argmin(finite))
+            return f"{name}.{metric} of item '{scores.items[first]}' is {values[first]}"
+    return None
+
+
+def _checked_scores(name: object, scores: object) -> Scores:
+    """The scores as float64."""
+    _check_name("outcome.scores", name)
+    if not isinstance(scores, Scores):
         raise TypeError(f"outcome.scores[{name!r}] is {type(scores).__name__}, expected Scores")
     untrusted: Any = scores
     if not isinstance(untrusted.values, Mapping) or not isinstance(untrusted.items, tuple):
         raise TypeError(f"outcome.scores[{name!r}]: values must be a mapping and items a tuple")
+    for metric in untrusted.values:
+        _check_name(f"outcome.scores[{name!r}].values", metric)
+    if colon := next((part for part in (name, *untrusted.values) if ":" in part), None):  # the history's separator
+        raise ValueError(f"outcome.scores[{name!r}] has the name {colon!r}, expected no colon in it")
     for what, array in [("weights", untrusted.weights), *untrusted.values.items()]:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 1:
             raise TypeError(f"outcome.scores[{name!r}]: {what!r} must be a row of floats")
@@ -151,5 +205,11 @@ def _check_scores(name: object, scores: object) -> None:
         raise ValueError(f"outcome.scores[{name!r}] has {sorted(lengths)} items, weights and values")
     if len(set(untrusted.items)) < len(scores.items) or not all(isinstance(item, str) for item in untrusted.items):
         raise ValueError(f"outcome.scores[{name!r}]: items must be different ids")
+    scores = Scores(
+        scores.items,
+        {metric: np.asarray(values, np.float64) for metric, values in scores.values.items()},
+        np.asarray(scores.weights, np.float64),
+    )
     if not (np.isfinite(scores.weights).all() and (scores.weights >= 0).all()):
         raise ValueError(f"outcome.scores[{name!r}]: weights must be finite and at least 0")
+    return scores

@@ -29,9 +29,13 @@ class WorkerPlan:
         base: name of the model whose config and tokenizer the live model has.
         evaluators: the evaluators of the config.
         device: torch device, or `auto` for a GPU where the worker has one.
+        gpus: GPUs that a worker has for itself; the live model is laid over two or more.
         dtype: dtype of the live model, or None for that of the base.
         threads: torch threads on the CPU. Part of the run: sums of floats depend on it.
         seed: seed of the run.
+        beside_live: bytes that a worker needs on each of several GPUs beside its part of the live model; None
+            where it is not known.
+        beside_learning: the same beside both the live model and one that learns.
         prepared_folder: node-local folder in which workers share what `Operator.prepare` computed. None
             leaves it to the pool: on Ray a folder of each node, in this process memory alone.
     """
@@ -44,6 +48,9 @@ class WorkerPlan:
     threads: int = 1
     seed: int = 0
     prepared_folder: str | None = None
+    gpus: int = 1
+    beside_live: int | None = None
+    beside_learning: int | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Candidate:
         genome: where it came from, for candidates of the optimiser.
         step: generation 0 only: an attempt inside a baseline, no result of its own.
         learn: what a worker shall learn from the recipe, beside scoring it.
+        known_hash: `Recipe.hash` of the recipe, where it was found in a cheaper way.
     """
 
     id: int
@@ -44,11 +45,12 @@ class Candidate:
     genome: Genome | None = None
     step: bool = False
     learn: LearnSoup | None = None
+    known_hash: str | None = None
 
     @cached_property
     def recipe_hash(self) -> str:
-        """`Recipe.hash`, computed once: it takes longer than all else that the driver does with a candidate."""
-        return self.recipe.hash
+        """`Recipe.hash`, computed once."""
+        return self.known_hash or self.recipe.hash
 
     @cached_property
     def work(self) -> str:
@@ -139,7 +141,8 @@ class Population:
                 return None
             self._optimizer = self._start_optimizer()
         genome = Genome.of(self._optimizer.ask())
-        return self._add(Candidate(len(self._candidates), SEARCHED, self._space.decode(genome), genome))
+        recipe, known_hash = self._space.decode(genome), self._space.recipe_hash(genome)
+        return self._add(Candidate(len(self._candidates), SEARCHED, recipe, genome, known_hash=known_hash))
 
     def tell(self, candidate: int, metrics: Mapping[str, float] | None) -> None:
         """The metrics of a candidate, None for a failure. Call in the order of the history."""

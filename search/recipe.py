@@ -178,10 +178,14 @@ class Recipe(BaseModel):
         return data
 
     @property
+    def hashed_text(self) -> str:
+        """The canonical form as JSON in ASCII, without blanks."""
+        return json.dumps(self.canonical(), sort_keys=False, separators=(",", ":"), ensure_ascii=True)
+
+    @property
     def hash(self) -> str:
         """sha256 of the canonical form, 64 hex digits. Does not depend on where the models lie."""
-        text = json.dumps(self.canonical(), sort_keys=False, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(self.hashed_text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads back to an equal recipe."""

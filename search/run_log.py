@@ -12,6 +12,7 @@
 | progress | info | phase, done, total, busy, workers; every few seconds |
 | worker_ready, worker_lost | info, warning | worker, node; why and kind of the loss |
 | worker_released | info | worker, node: it ended for the sake of other runs on the cluster |
+| layout | info | worker, node, device_map, bytes: how a model was laid over several GPUs, once for every way |
 | tracking | warning | `text`: a tracker that is absent or gave up |
 | ended | info, or error | how: finished, interrupted, failed; why |
 

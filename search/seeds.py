@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,21 +19,21 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+def seeded(seed: int, *devices: str) -> Iterator[None]:
     """Run a block with the global generators of torch, NumPy and Python at `seed`, and put them back after it.
 
     For code of others that draws from them: what it draws must not depend on what ran before.
 
     Args:
         seed: 32 bits.
-        device: where else than on the CPU the block may draw. Other devices are not touched: asking one for
-            the state of its generator makes a context on it, which takes hundreds of megabytes.
+        devices: where else than on the CPU the block may draw, all of one kind. Other devices are not touched: asking
+            one for the state of its generator makes a context on it, which takes hundreds of megabytes.
     """
     import numpy as np
     import torch
 
     before = random.getstate(), np.random.get_state()
-    with _forked(torch.device(device)) as generators:
+    with _forked([device for name in devices if (device := torch.device(name)).type != "cpu"]) as generators:
         random.seed(seed)
         np.random.seed(seed)
         for seed_one in generators:
@@ -46,18 +46,19 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
-def _forked(device: torch.device) -> Iterator[tuple[Callable[[int], object], ...]]:
-    """What seeds torch's generators on the CPU and on `device`; both are put back afterwards."""
+def _forked(devices: Sequence[torch.device]) -> Iterator[tuple[Callable[[int], object], ...]]:
+    """What seeds torch's generators on the CPU and on `devices`; all are put back afterwards."""
     import torch
 
     # Not `torch.manual_seed`, which seeds all devices.
     on_cpu = torch.default_generator.manual_seed
-    if device.type == "cpu":
+    if not devices:
         with torch.random.fork_rng(devices=[]):
             yield (on_cpu,)
         return
-    module = torch.get_device_module(device.type)
-    if device.type == "mps":  # the only one of its kind: its functions take no device
+    kind = devices[0].type
+    module = torch.get_device_module(kind)
+    if kind == "mps":  # the only one of its kind: its functions take no device
         state = module.get_rng_state()
         try:
             with torch.random.fork_rng(devices=[]):
@@ -65,6 +66,12 @@ def _forked(device: torch.device) -> Iterator[tuple[Callable[[int], object], ...
         finally:
             module.set_rng_state(state)
         return
-    index = module.current_device() if device.index is None else device.index
-    with torch.random.fork_rng(devices=[index], device_type=device.type), module.device(index):
-        yield on_cpu, module.manual_seed
+    indices = [module.current_device() if device.index is None else device.index for device in devices]
+
+    def seed_all(seed: int) -> None:
+        for index in indices:
+            with module.device(index):
+                module.manual_seed(seed)
+
+    with torch.random.fork_rng(devices=indices, device_type=kind), module.device(indices[0]):
+        yield on_cpu, seed_all

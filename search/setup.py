@@ -21,6 +21,7 @@ from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.checkpoints.view import require_model
 from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
+from search.memory import needs_of
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
@@ -74,6 +75,7 @@ class Setup:
     def worker_plan(self) -> WorkerPlan:
         """What every worker is told."""
         cluster = self.config.cluster
+        needs = needs_of(self, has_gpu=True) if cluster.gpus_per_worker > 1 else None
         return WorkerPlan(
             models=dict(self.models),
             base=BASE,
@@ -84,6 +86,9 @@ class Setup:
             dtype=self.dtype,
             threads=cluster.threads,
             seed=self.config.seed,
+            gpus=max(1, int(cluster.gpus_per_worker)),
+            beside_live=needs.beside_live if needs else None,
+            beside_learning=needs.beside_learning if needs else None,
         )
 
 

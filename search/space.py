@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from search.config import GeneRange, SpaceConfig
 from search.errors import UserError, nearest
@@ -53,9 +58,37 @@ class Space:
         Raises:
             ValueError: a genome of another length.
         """
+        return self._recipe_with(self._values(genome))
+
+    def recipe_hash(self, genome: Genome) -> str:
+        """`decode(genome).hash`, in a fraction of the time: the driver needs it for every candidate.
+
+        Raises:
+            ValueError: a genome of another length.
+        """
+        values, (first, *rest) = self._values(genome), self._text_between_values
+        text = [first]
+        for gene, piece in rest:
+            value = values[gene]
+            text += repr(value) if type(value) is float else json.dumps(value), piece
+        return hashlib.sha256("".join(text).encode()).hexdigest()
+
+    @cached_property
+    def _text_between_values(self) -> tuple[Any, ...]:
+        """What `Recipe.hash` covers, cut at the searched values: the text before the first of them, then for each the
+        number of its gene and the text that follows."""
+        marks = [f"\0{number}\0" for number in range(len(self.genes))]
+        first, *rest = re.split(r'"\\u0000(\d+)\\u0000"', self._recipe_with(marks).hashed_text)
+        return first, *((int(gene), piece) for gene, piece in zip(rest[::2], rest[1::2], strict=True))
+
+    def _values(self, genome: Genome) -> list[Value]:
         if len(genome.coordinates) != len(self.genes):
             raise ValueError(f"genome has {len(genome.coordinates)} genes, this space has {len(self.genes)}")
-        values = iter([gene.value(x) for gene, x in zip(self.genes, genome.coordinates, strict=True)])
+        return [gene.value(x) for gene, x in zip(self.genes, genome.coordinates, strict=True)]
+
+    def _recipe_with(self, searched: Iterable[Value]) -> Recipe:
+        """The recipe in which the searched parameters have these values, in the order of the genes."""
+        values = iter(searched)
         operator = OPERATORS.get(self.operator)
         fixed_source = {
             p.name: self.fixed[p.name] for p in operator.parameters if p.scope == "source" and p.name in self.fixed
@@ -74,7 +107,10 @@ class Space:
                 else:
                     for source in self.sources:
                         sources[source][parameter.name] = next(values)
-            rules.append(Rule(tensors=group.tensors, operator=self.operator, sources=sources, parameters=shared))
+            # Valid by construction, and there may be hundreds for every candidate.
+            rules.append(
+                Rule.model_construct(tensors=group.tensors, operator=self.operator, sources=sources, parameters=shared)
+            )
         return self.recipe(tuple(rules))
 
     def recipe(self, rules: tuple[Rule, ...]) -> Recipe:

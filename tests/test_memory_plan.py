@@ -16,6 +16,7 @@ from command_line import ROOT, meiosis, short, write_config
 from family import config_of
 
 from cluster.shards import warm
+from meiosis.cli.memory import lines
 from search.config import load_config
 from search.errors import ConfigError, UserError
 from search.machine import make_probe
@@ -317,3 +318,53 @@ def test_a_config_for_this_process_knows_no_copies(family: Path, tmp_path: Path)
     config = config_file(family, tmp_path, shards="copy")
     with pytest.raises(ConfigError, match="pool: local"):
         load_config(config)
+
+
+# Models over several GPUs
+
+
+def test_what_each_of_several_gpus_needs_by_hand() -> None:
+    needs = replace(NEEDS, on_gpu=True, live=140 * GIB, block=2 * GIB, gpus=4)
+    assert needs.gpu == CUDA_CONTEXT_BYTES + (140 + 3 * 2) // 4 * GIB + GIB // 2 + GIB + GIB
+    assert needs.beside_live == 2 * GIB
+    assert needs.fits([needs.gpu] * 4)
+    assert not needs.fits([needs.gpu - GIB] * 4)
+    assert needs.fits([needs.gpu - GIB] * 3 + [needs.gpu + 3 * GIB]), "they need not be equal"
+    assert replace(needs, gpus=1).gpu == CUDA_CONTEXT_BYTES + 142 * GIB
+    # A soup learns in float32, of which each GPU has its share as well; gradients and activations are on every one.
+    learning = replace(needs, learning=300 * GIB, learned=280 * GIB)
+    assert learning.beside_learning == 21 * GIB
+    assert learning.beside_live == 21 * GIB + (280 + 3 * 4) // 4 * GIB
+    assert replace(learning, gpus=1).gpu == CUDA_CONTEXT_BYTES + 441 * GIB, "as on one GPU"
+
+
+def test_a_model_too_large_for_one_gpu_says_over_how_many_it_fits() -> None:
+    needs = replace(NEEDS, on_gpu=True, live=140 * GIB, block=2 * GIB)
+    node = Node("gpus", 900 * GIB, gpus=(80 * GIB,) * 8)
+    with pytest.raises(UserError, match=r"not even one fits: set cluster\.gpus_per_worker to 2, over which a worker"):
+        plan_memory(needs, [node], 1, gpus_per_worker=1.0).require()
+    two = plan_memory(needs, [node], 4, gpus_per_worker=2.0)
+    assert two.fits
+    assert (two.needs.gpus, two.shares[0].most) == (2, 4)
+    larger = replace(needs, live=300 * GIB)
+    with pytest.raises(UserError, match=r"GiB on each of 2 GPUs, and 80\.0 GiB, .*gpus_per_worker to 4, over which"):
+        plan_memory(larger, [node], 1, gpus_per_worker=2.0).require()
+    with pytest.raises(UserError, match=r"not even one fits: set cluster\.dtype to bfloat16"):
+        plan_memory(replace(needs, live=800 * GIB), [node], 1, gpus_per_worker=2.0).require()
+
+
+def test_the_plan_of_a_worker_leaves_room_on_each_of_its_gpus(family: Path, tmp_path: Path) -> None:
+    setup = check(load_config(config_file(family, tmp_path)))
+    assert setup.worker_plan().gpus == 1
+    assert setup.worker_plan().beside_live is None
+    cluster = setup.config.cluster.model_copy(update={"pool": "ray", "gpus_per_worker": 2.0})
+    setup = replace(setup, config=setup.config.model_copy(update={"cluster": cluster}))
+    needs, plan = needs_of(setup, has_gpu=True), setup.worker_plan()
+    assert (needs.gpus, plan.gpus) == (2, 2)
+    assert plan.beside_live == needs.beside_live >= needs.activations + needs.merging
+    assert plan.beside_learning == needs.beside_learning
+    assert 0 < needs.block < needs.live / 2
+    assert needs_of(setup, has_gpu=False).gpus == 1, "the CPU has one memory"
+    shown = "\n".join(lines(plan_memory(needs, [Node("gpus", 900 * GIB, gpus=(80 * GIB,) * 4)], 2, 2.0), "auto"))
+    assert "of each of its 2 GPUs" in shown
+    assert "each (free: 80.0 GiB, 80.0 GiB, 80.0 GiB, 80.0 GiB), over 2 of which every worker lays its model" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from search.errors import UserError
-from search.optimizer import OPTIMIZERS, Problem, Vector
+from search.nevergrad_box import NevergradBox
+from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, Vector
 from search.optimizers import optimizer_named
 
 REPLAYED = [
@@ -80,6 +82,46 @@ def test_asks_do_not_depend_on_string_hashing_or_on_the_process() -> None:
         for seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("dimension", "window", "step", "budget"),
+    [(1, 4, 0.1, 200), (2, 1, 0.5, 300), (5, 8, 0.3, 800), (17, 4, 0.1, 400), (18, 4, 0.9, 400), (99, 16, 0.1, 600)],
+)
+def test_diagonal_cma_asks_what_nevergrads_cma_asks_with_its_settings(
+    dimension: int, window: int, step: float, budget: int
+) -> None:
+    import cma
+    import nevergrad
+
+    def theirs(setting: Problem) -> NevergradBox:
+        configured = nevergrad.families.ParametrizedCMA(
+            diagonal=True,
+            scale=setting.step * 8 / 0.195,
+            inopts={
+                "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
+                **dict.fromkeys(("tolx", "tolfun", "tolfunhist"), 0),
+                **dict.fromkeys(("tolflatfitness", "tolstagnation"), 10**9),
+            },
+        )
+        return NevergradBox(configured, setting)
+
+    def asked_by(make: MakeOptimizer) -> list[bytes]:
+        setting = Problem(np.random.RandomState(dimension).rand(dimension), budget, window, 7, step)
+        optimizer, order = make(setting), random.Random(3)
+        for suggested in (setting.start, np.full(dimension, 0.9)):
+            optimizer.suggest(suggested)
+        open_: list[Vector] = []
+        points = []
+        for _ in range(budget):
+            open_.append(optimizer.ask())
+            points.append(open_[-1].tobytes())
+            if len(open_) >= window:
+                told = open_.pop(order.randrange(len(open_)))
+                optimizer.tell(told, float(((told - 0.7) ** 2).sum()))
+        return points
+
+    assert asked_by(optimizer_named("diagonal_cma")) == asked_by(theirs)
 
 
 def test_diagonal_cma_finds_the_optimum_that_random_search_misses() -> None:

@@ -107,3 +107,18 @@ def test_prometheus_finds_the_figures_of_a_run(ray_session: Session, tmp_path: P
     assert found["ray_meiosis_merge_seconds_count"] == found["ray_meiosis_evaluate_seconds_count"] == 4
     assert (found["ray_meiosis_workers"], found["ray_meiosis_busy_workers"]) == (1, 1)
     assert found["ray_meiosis_best_loss"] == 0.25
+
+
+def test_how_models_are_laid_over_gpus_is_in_the_log_once(ray_session: Session, tmp_path: Path) -> None:
+    from cluster.pool import RayPool
+
+    log = tmp_path / "log.jsonl"
+    body = "worker_bodies:LaidOut"
+    with log_to(log), RayPool(plan(tmp_path), workers=2, body=body, working_folder=tmp_path) as pool:
+        pool.ready()
+    events = last_events(log)
+    assert sorted(str(event["event"]) for event in events) == ["layout", "worker_ready", "worker_ready"]
+    told = next(event for event in events if event["event"] == "layout")
+    assert told["device_map"] == {"model.embed_tokens": "cuda:0", "lm_head": "cuda:1"}
+    assert told["bytes"] == {"cuda:0": 7, "cuda:1": 8}
+    assert told["node"] == os.uname().nodename

@@ -196,6 +196,28 @@ NODES = (
 """
 )
 
+STARTING = (
+    COMMON.replace("HEAD", "0")
+    + """
+    nodes = [add(num_cpus=2)[0] for _ in range(2)]
+    pool = RayPool(plan(notes), body="worker_bodies:Waits", working_folder=notes, report=said.append, workers=4)
+    for candidate in range(4):
+        pool.submit(job(candidate))
+    until(lambda: len(list(notes.glob("building-*"))) == 4, "the workers do not start")
+    for one in nodes:
+        cluster.remove_node(one, allow_graceful=False)
+    until(lambda: sum(line.endswith("left the cluster") for line in said) == 2, "the deaths are not noticed")
+    add(num_cpus=2)
+    (notes / "go").touch()
+    outcomes = drain(4)
+    pool.close()
+    (notes / "result.json").write_text(json.dumps(dict(
+        said=said, outcomes=[(o.failure and o.failure.message, o.attempts) for o in outcomes.values()])))
+    ray.shutdown()
+    cluster.shutdown()
+"""
+)
+
 
 def run(text: str, folder: Path) -> dict[str, Any]:
     """What a driver of its own found out."""
@@ -278,3 +300,9 @@ def test_a_node_whose_workers_keep_dying_is_set_aside_and_taken_back(nodes: dict
 def test_nothing_is_lost_when_a_node_leaves(nodes: dict[str, Any]) -> None:
     assert nodes["after"] == [None] * 6
     assert sum(line.endswith("joined the cluster") for line in nodes["said"]) == 2
+
+
+def test_nodes_that_go_while_the_workers_start_end_no_search(tmp_path: Path) -> None:
+    found = run(STARTING, tmp_path)
+    assert sum(": it" in line and "is replaced" in line for line in found["said"]) >= 4
+    assert found["outcomes"] == [[None, 1]] * 4

@@ -101,6 +101,21 @@ def test_a_genome_decodes_to_the_values_its_genes_name() -> None:
         assert rule.sources[source][parameter] == pytest.approx(2 * x)
 
 
+@given(
+    operator=st.sampled_from(["task_arithmetic", "ties", "breadcrumbs", "della", "slerp", "nuslerp"]),
+    layers=st.integers(0, 3),
+    data=st.data(),
+)
+def test_the_hash_found_from_a_genome_is_that_of_its_recipe(operator: str, layers: int, data: st.DataObject) -> None:
+    made = space(operator=operator, layers_per_group=layers, split=["mlp"])
+    size = len(made.genes)
+    coordinates = data.draw(st.lists(st.floats(0, 1), min_size=size, max_size=size))
+    genome = Genome(tuple(coordinates))
+    assert made.recipe_hash(genome) == made.decode(genome).hash
+    # A recipe that was checked is the same as this one, which was not.
+    assert Recipe.from_data(made.decode(genome).model_dump()).hash == made.decode(genome).hash
+
+
 def test_a_genome_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="genome has 1 genes"):
         space().decode(Genome((0.5,)))

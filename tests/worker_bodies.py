@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evaluators.errors import UserError
 from search.outcome_check import MESSAGE_BYTES
@@ -150,6 +150,16 @@ class Refuses:
         raise OwnError("evaluators.code: there is no file 'items.jsonl'")
 
 
+class Waits(Scripted):
+    """A body that takes until there is a file `go`."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        super().__init__(plan)
+        (self.folder / f"building-{os.getpid()}").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+
+
 class Broken:
     def __init__(self, plan: WorkerPlan) -> None:
         raise RuntimeError("the model does not load\nsecond line")
@@ -158,3 +168,12 @@ class Broken:
 class Dies:
     def __init__(self, plan: WorkerPlan) -> None:
         os._exit(1)
+
+
+class LaidOut(Scripted):
+    """Says that its model is laid over two GPUs."""
+
+    layout: ClassVar[dict[str, Any]] = {
+        "device_map": {"model.embed_tokens": "cuda:0", "lm_head": "cuda:1"},
+        "bytes": {"cuda:0": 7, "cuda:1": 8},
+    }

@@ -91,7 +91,9 @@ def as_data(plan: MemoryPlan) -> dict[str, Any]:
         "buffers of one worker": needs.merging,
         "learned soup of one worker": needs.learning,
         "main memory of one worker": needs.host,
-        "GPU memory of one worker": needs.gpu,
+        "GPU memory of one worker": needs.gpu * needs.gpus,
+        "GPUs of one worker": needs.gpus if needs.on_gpu else 0,
+        "memory on each GPU of one worker": needs.gpu,
         "all workers": needs.live * plan.workers,
         "largest number of workers": plan.largest,
         "nodes": [
@@ -117,7 +119,7 @@ def lines(plan: MemoryPlan, shards: str) -> list[str]:
     if needs.learning:
         parts.append(f"or {gib(needs.learning)} while it learns a soup")
     parts.append(f"{gib(needs.merging)} of buffers")
-    own = f"{gib(needs.host)} of memory" + (f" and {gib(needs.gpu)} of its GPU" if needs.on_gpu else "")
+    own = f"{gib(needs.host)} of memory" + (f" and {gib(needs.gpu)} of {_its_gpus(needs.gpus)}" if needs.on_gpu else "")
     found = [
         f"Memory: {gib(needs.sources)} of sources, mapped once and shared by all workers of a node. Each worker: "
         f"{', '.join(parts)}; with libraries {own}."
@@ -129,6 +131,8 @@ def lines(plan: MemoryPlan, shards: str) -> list[str]:
         if needs.on_gpu:
             free = ", ".join(map(gib, node.gpus)) or "unknown"
             text += f", and of its GPUs {gib(needs.gpu)} each (free: {free})"
+            if needs.gpus > 1:
+                text += f", over {needs.gpus} of which every worker lays its model"
         left = node.memory - used
         if 0 <= left < needs.sources:
             text += f"; only {gib(left)} are left for the sources, which are read from disk again and again"
@@ -139,3 +143,7 @@ def lines(plan: MemoryPlan, shards: str) -> list[str]:
     if missing > 0 and plan.workers > 1:
         found.append(f"There is no room for {missing} of {plan.workers} workers until nodes join.")
     return found
+
+
+def _its_gpus(count: int) -> str:
+    return "its GPU" if count == 1 else f"each of its {count} GPUs"

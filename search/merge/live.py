@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +141,12 @@ class Instead(NamedTuple):
 
 
 def build_live_model(
-    folder: Path, *, device: str | torch.device, dtype: str | None, instead: Instead | None = None
+    folder: Path,
+    *,
+    device: str | torch.device,
+    dtype: str | None,
+    instead: Instead | None = None,
+    lay_out: Callable[[torch.nn.Module], None] | None = None,
 ) -> LiveModel:
     """Load a checkpoint folder with the transformers class that its config names first.
 
@@ -149,6 +154,7 @@ def build_live_model(
         device: where the model lives.
         dtype: of all its floating point weights; None for that of the checkpoint.
         instead: tensors and keys of the config that take the place of those in the folder.
+        lay_out: moves the model from `device` to several others.
 
     Raises:
         CheckpointError: no config, a class that transformers does not have (code that comes with a
@@ -180,7 +186,10 @@ def build_live_model(
             "would be random numbers; name the class that was trained under 'architectures' in config.json"
         )
     model.requires_grad_(False)
-    return LiveModel(model.to(device).eval(), report["unexpected_keys"])
+    model = model.to(device).eval()
+    if lay_out is not None:
+        lay_out(model)
+    return LiveModel(model, report["unexpected_keys"])
 
 
 def _made_of(model_class: Any, folder: Path, instead: Instead, dtype: str | None) -> dict[str, Any]:

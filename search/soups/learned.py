@@ -93,8 +93,8 @@ class MixingGradient:
 
     Buffers (statistics of normalisation layers) are merged like all tensors and count as constants.
 
-    Attributes:
-        sums: (n_groups, n_sources) float64, d loss / d weight since it was last set to zero.
+    Where a model is laid over several devices, each has a thread of its own for gradients: every tensor has its own
+    sums, which are added up in the order of tensors and not in that in which gradients come.
     """
 
     def __init__(
@@ -112,10 +112,23 @@ class MixingGradient:
         self._models = tuple(start.rules[0].sources)
         if any(tuple(rule.sources) != self._models for rule in start.rules):
             raise ValueError("expected the same sources in every rule")
-        self.sums = torch.zeros(len(start.rules), len(self._models), dtype=torch.float64)
+        self._groups = len(start.rules)
         group_of = {id(rule): index for index, rule in enumerate(start.rules)}
         self._group = {name: group_of[id(rule)] for name, rule in start.assign(names).items()}
         self._places = _places(self.model, self._targets)
+        self.clear()
+
+    @property
+    def sums(self) -> Tensor:
+        """(n_groups, n_sources) float64, d loss / d weight since `clear`."""
+        total = torch.zeros(self._groups, len(self._models), dtype=torch.float64)
+        for name, sums in self._sums.items():
+            total[self._group[name]] += torch.tensor(sums, dtype=torch.float64)
+        return total
+
+    def clear(self) -> None:
+        """Set the sums to zero."""
+        self._sums = {name: [0.0] * len(self._models) for _, names in self._places for name in names}
 
     def write(self, weights: Tensor) -> None:
         """Merge the soup with these weights, (n_groups, n_sources), into the model."""
@@ -155,7 +168,7 @@ class MixingGradient:
                 offset = gradient.storage_offset() + target.storage_offset() - parameter.storage_offset()
                 part = gradient.as_strided(target.shape, target.stride(), offset).reshape(-1)
                 for column, model in enumerate(self._models):
-                    self.sums[self._group[name], column] += _inner(part, self._sources[model].get(name))
+                    self._sums[name][column] += _inner(part, self._sources[model].get(name))
 
         return hook
 
@@ -184,12 +197,12 @@ class SoupLoss:
         """
         self._gradient.write(weights)
         value, by_temperature = 0.0, 0.0
-        by_weight = torch.zeros_like(self._gradient.sums)
+        by_weight = torch.zeros(weights.shape, dtype=torch.float64)
         with self._gradient, torch.set_grad_enabled(backward):
             factor = torch.tensor(temperature, dtype=torch.float32, requires_grad=True)
             model = self._gradient.model if temperature == 1.0 and not backward else _Tempered(self._gradient, factor)
             for name, evaluator in self._evaluators.items():
-                self._gradient.sums.zero_()
+                self._gradient.clear()
                 factor.grad = None
                 sums, weight = [], 0.0
                 for loss, count in evaluator.losses(model, evaluator.items("search")):

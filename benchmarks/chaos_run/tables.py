@@ -1,0 +1,78 @@
+"""The figures of a chaos run as Markdown and Parquet."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from chaos_run.monkey import SHARES, Kill
+from merging.tables import machine
+
+
+def write_tables(found: Mapping[str, Any], out: Path) -> None:
+    """`chaos.md` and `chaos.parquet`, which has a row for every kill."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kills: list[Kill] = found["kills"]
+    command = " ".join(["python", "benchmarks/chaos.py", *sys.argv[1:]])
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("ray", "nevergrad", "torch"))
+    torn = [kill for kill in kills if kill.torn_bytes]
+    lines = [
+        "# A search that is killed again and again",
+        "",
+        f"{machine()}. {libraries}. {date.today().isoformat()}. The load of the machine (1 minute) was "
+        f"{found['load']:.1f} at the start. Remake with `{command}`.",
+        "",
+        "One search is left alone; of the same search a seeded monkey kills (signal 9) workers in the middle of "
+        "trials, nodes, drivers, or everything, on a head and several raylets of one machine. Events are read from "
+        "the files of both runs, without the code that wrote them, and compared.",
+        "",
+        "| killed | times | processes | median seconds to the next result |",
+        "|---|--:|--:|--:|",
+        *(_row(kind, [kill for kill in kills if kill.kind == kind]) for kind in SHARES),
+        _row("all", kills),
+        "",
+        "| | left alone | disturbed |",
+        "|---|--:|--:|",
+        f"| seconds | {found['quiet_seconds']:.0f} | {found['seconds']:.0f} |",
+        f"| drivers | 1 | {found['drivers']} |",
+        f"| clusters | 1 | {found['clusters']} |",
+        f"| evaluations needed | {found['needed']} | {found['needed']} |",
+        f"| evaluations begun | {found['quiet_begun']} | {found['begun']} |",
+        "",
+        f"{found['budget']} candidates were asked for, and {found['trials']} trials told; those without an evaluation "
+        f"of their own have the recipe of an earlier one. {found['again']} evaluations were started again by the "
+        "driver under which their worker died; the others that were begun in vain belonged to drivers that died. "
+        f"{found['nodes']} nodes joined in all. Behind {len(torn)} of the drivers that were killed, "
+        f"{sum(kill.torn_bytes for kill in torn)} bytes of garbage were put at the end of their log or spool.",
+        "",
+        *(_verdict(found)),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "chaos.md").write_text("\n".join(lines) + "\n")
+    table = pyarrow.Table.from_pylist([{**asdict(kill), "command": command} for kill in kills])
+    pyarrow.parquet.write_table(table, out / "chaos.parquet")
+
+
+def _row(kind: str, kills: list[Kill]) -> str:
+    waited = [kill.next_result for kill in kills if kill.next_result is not None]
+    median = f"{statistics.median(waited):.1f}" if waited else ""
+    return f"| {kind} | {len(kills)} | {sum(kill.processes for kill in kills)} | {median} |"
+
+
+def _verdict(found: Mapping[str, Any]) -> list[str]:
+    if found["faults"]:
+        return ["**Faults:**", "", *(f"- {fault}" for fault in found["faults"])]
+    return [
+        "In the end every candidate had been asked for once, every trial was there once, none was lost or declared "
+        "failed, results had been told in the order of their candidates, and all that is not circumstance (times, "
+        "workers, attempts) had the same bits as in the search that was left alone, down to the exported model "
+        f"(digest of both histories: `{found['digest'][:16]}`)."
+    ]

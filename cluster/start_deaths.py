@@ -1,0 +1,41 @@
+"""Workers that were lost before they could take a job.
+
+Several in a row mean that workers cannot start here at all, and the run says so instead of trying for ever. But
+workers also go with their node, and several nodes may go while the pool starts: that says nothing about workers.
+Ray tells of a worker's death long before it tells of the node's, so a death counts when the node outlived it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StartDeath:
+    """A loss: where, why, with which traceback, and when it counts (monotonic seconds)."""
+
+    node: str
+    why: str
+    detail: str
+    due: float
+
+
+class StartDeaths:
+    """The losses since a worker came up the last time."""
+
+    def __init__(self) -> None:
+        self._deaths: list[StartDeath] = []
+
+    def add(self, death: StartDeath) -> None:
+        """Note a loss."""
+        self._deaths.append(death)
+
+    def clear(self) -> None:
+        """A worker came up, or it is known that something else is to blame."""
+        self._deaths.clear()
+
+    def counted(self, dead: Collection[str], now: float) -> list[StartDeath]:
+        """The losses that count by now; those on nodes that are `dead` (Ray's ids) never will."""
+        self._deaths = [death for death in self._deaths if death.node not in dead]
+        return [death for death in self._deaths if death.due <= now]
