@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from search.errors import UserError, WorkerError
+from search.run_log import emit
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
@@ -107,7 +108,9 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
 
     if ray.is_initialized():  # by the program that uses us; it also shuts it down
         return Session(ray.get_runtime_context().gcs_address, own=False, added_path=_added_path())
+    emit("ray_starting", address=address)
     session = _join(address, log) if address is not None else _start(cpus, with_gpus, log)
+    emit("ray_up", address=session.address)
     _session = session
     return session
 

@@ -248,6 +248,7 @@ class Supervisor:
         slot.name = f"{slot.name}/{message.pid}"
         slot.phase = "building"
         self._greeted += 1
+        slot.greeted_at, slot.hello_seconds = time.time(), message.seconds
         self._nodes.arrived(slot)
         if slot.node in self._nodes.avoided:
             self._replace(slot)
@@ -261,7 +262,8 @@ class Supervisor:
             self._nodes.now_up()
             self._rest(slot)
             self._start_deaths = 0
-            emit("worker_ready", worker=slot.name, node=slot.host)
+            greeted = {"hello_seconds": slot.hello_seconds, "greeted_at": slot.greeted_at}
+            emit("worker_ready", worker=slot.name, node=slot.host, **greeted, **vars(message.took))
             if not self._all_up:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")

@@ -26,6 +26,7 @@ from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
 from search.pool import WorkerPlan
 from search.recipe import ModelRef
+from search.run_log import emit
 from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
@@ -167,6 +168,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
+    emit("config_checked")
     # Reading every byte comes last, when nothing else is wrong.
     models = {}
     for name, checkpoint in checkpoints.items():
@@ -178,6 +180,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
     models = check_statistics(loaded, models, faults.add)
     faults.raise_if_any()
+    emit("models_hashed")
     assert space is not None
     assert make_optimizer is not None
     return Setup(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from meiosis.cli.common import debug_option, json_option, make_pool, note
+from meiosis.cli.common import debug_option, json_option, make_pool, note, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
 
@@ -24,6 +24,7 @@ from meiosis.cli.watch import Watch
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option
 @debug_option
+@run_command
 def command(
     config: Path,
     only: tuple[str, ...],

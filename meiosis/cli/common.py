@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -31,6 +32,20 @@ def debug_option(function: F) -> F:
 def json_option(function: F) -> F:
     """`--json`: one JSON document on stdout instead of text for people."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def run_command(function: F) -> F:
+    """A command that makes a run or goes on with one: the log of the run tells what came before it as well."""
+
+    @functools.wraps(function)
+    def logged(*args: Any, **options: Any) -> Any:
+        from search.run_log import before_the_log, emit, process_started_at
+
+        with before_the_log():
+            emit("command", process_started_at=process_started_at())
+            return function(*args, **options)
+
+    return cast(F, logged)
 
 
 def out() -> Console:

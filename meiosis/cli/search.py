@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.budget import limit_options
-from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json
+from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json, run_command
 from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.watch import Watch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option
 @debug_option
+@run_command
 def command(
     config: Path,
     name: str | None,
