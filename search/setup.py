@@ -109,12 +109,15 @@ class _Faults:
             raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
 
-def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) -> Setup:
+def check(
+    loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None, sound: Callable[[], None] = lambda: None
+) -> Setup:
     """Check a config against its models, plug-ins and data.
 
     Args:
         loaded: from `load_config`.
         report: is called with a line before something that takes long.
+        sound: is called when only the contents of the models are left to be looked at, which can take long.
 
     Raises:
         ConfigError: every fault that was found, one per line, each with file, line, key and way out.
@@ -169,6 +172,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
     emit("config_checked")
+    sound()
     # Reading every byte comes last, when nothing else is wrong.
     models = {}
     for name, checkpoint in checkpoints.items():

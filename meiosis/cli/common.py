@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -14,6 +16,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from search.config import Config
     from search.pool import Pool, WorkerPlan
     from search.setup import Setup
     from search.store.run_folder import RunFolder
@@ -122,6 +125,16 @@ def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
             working_folder=folder,
             report=say,
         )
+
+
+def early_ray(config: Config) -> AbstractContextManager[Callable[[], None]]:
+    """Gives a function that begins to start the Ray that a config needs, if it is one of our own, beside other work."""
+    cluster = config.cluster
+    if cluster.pool != "ray" or cluster.address is not None:
+        return nullcontext(lambda: None)
+    from cluster.early_ray import early_ray
+
+    return early_ray(min(cluster.workers, os.cpu_count() or 1), cluster.gpus_per_worker > 0)
 
 
 def results_option(function: F) -> F:
