@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -106,13 +107,16 @@ def search_seconds(case: Case, config: Path, checkout: Path, address: str | None
                 stderr=out,
                 cwd=folder,
             )
+        try:
             while first_trial(read_log(log)) is None:
                 if process.poll() is not None or time.time() > began + MOST_SECONDS:
-                    process.kill()
                     raise RuntimeError(f"{case.name}: no first evaluation:\n{(folder / 'out').read_text()}")
                 time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        process.wait(MOST_SECONDS)
+            process.send_signal(signal.SIGINT)
+            process.wait(MOST_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
         events = read_log(log)
         trial = first_trial(events)
         assert trial is not None
@@ -141,10 +145,12 @@ def floor_seconds(case: Case, checkout: Path, address: str | None) -> Row:
     return {"seconds": seconds, "parts": {}}
 
 
-def measure(arguments: argparse.Namespace, checkouts: Mapping[str, Path], note: Callable[[str], None]) -> list[Row]:
-    """All single measurements, in the order in which they were made."""
+def measure(
+    arguments: argparse.Namespace, checkouts: Mapping[str, Path], note: Callable[[str], None]
+) -> Iterator[list[Row]]:
+    """All single measurements so far, in the order in which they were made, after every round."""
     rows: list[Row] = []
-    chosen = [case for case in CASES if not arguments.only or any(text in case.name for text in arguments.only)]
+    chosen = [case for case in CASES if case.name in (arguments.only or [case.name])]
 
     def add(case: Case, what: str, row: Row, number: int) -> None:
         rows.append({"case": case.name, "what": what, "round": number, "load": os.getloadavg()[0], **row})
@@ -160,7 +166,8 @@ def measure(arguments: argparse.Namespace, checkouts: Mapping[str, Path], note: 
                     add(case, name, search_seconds(case, arguments.config, checkouts[name], address), number)
                 if not case.fresh:
                     add(case, "floor", floor_seconds(case, ROOT, address), number)
-    return [row for row in rows if row["round"] > 0]
+        if number:
+            yield [row for row in rows if row["round"] > 0]
 
 
 def medians(rows: Sequence[Row]) -> Row:
@@ -176,7 +183,7 @@ def write(rows: Sequence[Row], checkouts: Mapping[str, Path], out: Path) -> None
     import pyarrow
     import pyarrow.parquet
 
-    command = " ".join(["python", "benchmarks/first_evaluation.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/first_evaluation.py", *sys.argv[1:]])
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
     loads = [row["load"] for row in rows]
     names = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
@@ -193,7 +200,7 @@ def write(rows: Sequence[Row], checkouts: Mapping[str, Path], out: Path) -> None
         f"{machine()}. {libraries}. {datetime.now(UTC):%Y-%m-%d}. Remake with `{command}`.",
         "",
         f"Seconds from the start of the process until the first result is recorded: median (least to most) of "
-        f"{max(row['round'] for row in rows)} rounds in which the cases took turns. The load of the machine (1 minute) "
+        f"{max(row['round'] for row in rows)} round(s) in which cases took turns. The load of the machine (1 minute) "
         f"was {min(loads):.1f} to {max(loads):.1f}, all of this included. The floor is Ray with the same options, and "
         "torch and transformers imported in as many workers: no model, no evaluation.",
         "",
@@ -239,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--config", type=Path, default=ROOT / "samples" / "text" / "search.yaml")
     parser.add_argument("--out", type=Path, default=Path("results", "reference"))
-    parser.add_argument("--only", action="append", metavar="TEXT", help="only cases with this in their names")
+    parser.add_argument("--only", action="append", choices=[case.name for case in CASES])
     parser.add_argument("--checkout", action="append", metavar="NAME=FOLDER", help="measure this working copy as well")
     arguments = parser.parse_args()
     arguments.config = arguments.config.resolve()
@@ -248,8 +255,8 @@ def main() -> None:
         **{name: Path(folder).resolve() for name, folder in others.items()},
         "now" if others else "search": ROOT,
     }
-    rows = measure(arguments, checkouts, lambda line: print(line, file=sys.stderr, flush=True))
-    write(rows, checkouts, arguments.out)
+    for rows in measure(arguments, checkouts, lambda line: print(line, file=sys.stderr, flush=True)):
+        write(rows, checkouts, arguments.out)
 
 
 if __name__ == "__main__":
