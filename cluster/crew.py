@@ -46,6 +46,8 @@ class Slot:
         seen: when it returned its last outcome, in monotonic seconds.
         node: Ray's id of its node.
         host: name of that machine.
+        greeted_at: when its `Greeting` came, in Unix seconds.
+        hello_seconds: what that call took inside its process.
         failed: candidates that failed on it since the last success.
         successes: how many outcomes of all workers were successes when the first of these failed.
     """
@@ -60,6 +62,8 @@ class Slot:
     seen: float = -FOREVER
     node: str = ""
     host: str = ""
+    greeted_at: float = 0.0
+    hello_seconds: float = 0.0
     entry: Entry | None = None
     failed: set[int] = field(default_factory=set)
     successes: int = 0

@@ -24,13 +24,14 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from cluster.access import CONNECT_SECONDS, asks_for_token, ensure_token, on_loopback
 from search.errors import UserError, WorkerError
+from search.run_log import emit
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
@@ -52,6 +53,12 @@ class Session:
     _lock: IO[str] | None = None
     _stdout: _SplitStdout | None = None
     _users: int = field(default=1)
+    at_close: Callable[[], None] = lambda: None
+
+    def log_to(self, log: Path | None) -> None:
+        """Write what Ray prints into another file from now on; None: drop it."""
+        if self._stdout is not None:
+            self._stdout.log_to(log)
 
     def close(self) -> None:
         """Disconnect, if no other user of the session is left; a Ray of our own ends with all its processes.
@@ -76,9 +83,26 @@ class Session:
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
+        self.at_close()
 
 
 _session: Session | None = None
+_offered: Callable[[Path | None], Session] | None = None
+
+
+def offer(take: Callable[[Path | None], Session]) -> bool:
+    """Let the next `open_session` call `take` with its log instead of starting Ray; returns whether one is wanted."""
+    global _offered  # noqa: PLW0603 - Ray is one per process as well
+    ray = sys.modules.get("ray")
+    if _session is not None or _offered is not None or (ray is not None and ray.is_initialized()):
+        return False
+    _offered = take
+    return True
+
+
+def offered(take: Callable[[Path | None], Session]) -> bool:
+    """Whether an offer was not taken up yet."""
+    return _offered == take
 
 
 def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False, log: Path | None = None) -> Session:
@@ -94,7 +118,7 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
         UserError: an address that is not of that form.
         WorkerError: Ray does not start, or nobody answers at the address.
     """
-    global _session  # noqa: PLW0603 - Ray is one per process as well
+    global _session, _offered  # noqa: PLW0603 - Ray is one per process as well
     if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
         raise UserError(f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'")
     if _session is not None:
@@ -102,19 +126,31 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
             raise WorkerError(f"this process uses Ray at {_session.address} already; close it before joining {address}")
         _session._users += 1
         return _session
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and "ray" not in sys.modules:  # Ray reads it once, when it is imported
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address is None and (take := _offered) is not None:
+        with _same_signal_handlers():
+            _session = take(log)
+        _offered = None  # only now: who is interrupted while waiting leaves it to who made the offer
+        return _session
+    _prepare(own=address is None)
     import ray
 
     if ray.is_initialized():  # by the program that uses us; it also shuts it down
         return Session(ray.get_runtime_context().gcs_address, own=False, added_path=_added_path())
-    session = _join(address, log) if address is not None else _start(cpus, with_gpus, log)
-    _session = session
-    return session
+    _session = _join(address, log) if address is not None else start_ray(cpus, with_gpus, log)
+    return _session
 
 
-def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
+def _prepare(own: bool) -> None:
+    """Set what Ray reads once, when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if own and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def start_ray(cpus: int, with_gpus: bool, log: Path | None) -> Session:
+    """A Ray of our own, which is not yet that of this process; see `open_session`."""
+    emit("ray_starting", address=None)
+    _prepare(own=True)
     import ray
 
     ensure_token()
@@ -150,12 +186,14 @@ def _start(cpus: int, with_gpus: bool, log: Path | None) -> Session:
         raise
     session = Session(context.address_info["address"], True, _added_path(), folder, _lock=lock, _stdout=stdout)
     atexit.register(_close_at_exit, session)
+    emit("ray_up", address=session.address)
     return session
 
 
 def _join(address: str, log: Path | None) -> Session:
     import ray
 
+    emit("ray_starting", address=address)
     host, _, port = address.partition(":")
     try:  # Ray itself would try for more than five minutes
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
@@ -180,6 +218,7 @@ def _join(address: str, log: Path | None) -> Session:
                 "token, set RAY_AUTH_MODE=token here and give the same token (RAY_AUTH_TOKEN or ~/.ray/auth_token)"
             ) from error
         raise
+    emit("ray_up", address=address)
     return Session(address, False, _added_path(), asks_for_token=asked, _stdout=stdout)
 
 
@@ -243,8 +282,11 @@ class _SplitStdout:
     def __init__(self, log: Path | None) -> None:
         self._real = sys.stdout
         self.everything = False
-        self._log = open(log if log is not None else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self.log_to(log)
         sys.stdout = self
+
+    def log_to(self, log: Path | None) -> None:
+        self._log = open(log if log is not None else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
         if self.everything or threading.current_thread().name.startswith("ray_"):

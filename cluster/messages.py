@@ -10,10 +10,11 @@ each, least first): for every evaluator in the order of the JSON the weights of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from cluster.handshake import Identity, Package
 from evaluators.base import Scores
 from search.errors import MeiosisError
+from search.local_pool import Preparation
 from search.outcome_check import check_size, printable
 from search.pool import Failure, Outcome
 
@@ -35,11 +37,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Greeting:
-    """The first word of a worker: what it runs, on which node of Ray, in which process."""
+    """The first word of a worker: what it runs, on which node of Ray, in which process, after how many seconds."""
 
     identity: Identity
     node_id: str
     pid: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Built:
 
     node: str
     evaluators: Mapping[str, Package]
+    took: Preparation = field(default_factory=Preparation)
     layout: Mapping[str, Any] | None = None
 
 
@@ -86,11 +90,13 @@ def encode(message: Message) -> bytes:
                 "identity": {**vars(ours), "packages": _plain(ours.packages), "libraries": dict(ours.libraries)},
                 "node_id": message.node_id,
                 "pid": message.pid,
+                "seconds": message.seconds,
             }
         case Built():
             fields = {
                 "node": message.node,
                 "evaluators": _plain(message.evaluators),
+                "took": vars(message.took),
                 "layout": message.layout,
             }
         case StartError():
@@ -167,14 +173,15 @@ def _greeting(fields: dict[str, Any], data: bytes, end: int) -> Greeting:
     pid = fields["pid"]
     if type(pid) is not int or not 0 < pid < 2**31:
         raise ValueError(f"pid is {pid!r:.50}, expected the number of a process")
-    return Greeting(identity, _name("node_id", fields["node_id"]), pid)
+    return Greeting(identity, _name("node_id", fields["node_id"]), pid, _seconds("seconds", fields["seconds"]))
 
 
 def _built(fields: dict[str, Any], data: bytes, end: int) -> Built:
-    layout = fields["layout"]
+    layout, took = fields["layout"], _of(dict, "took", fields["took"])
     return Built(
         _name("node", fields["node"]),
         _packages("evaluators", fields["evaluators"]),
+        Preparation(**{part.name: _seconds(part.name, took[part.name]) for part in dataclasses.fields(Preparation)}),
         None if layout is None else _layout(_of(dict, "layout", layout)),
     )
 
@@ -292,6 +299,13 @@ def _of(kind: type[T], what: str, value: object) -> T:
     if type(value) is not kind:
         raise TypeError(f"{what} is {type(value).__name__}, expected {kind.__name__}")
     return value
+
+
+def _seconds(what: str, value: object) -> float:
+    seconds = _of(float, what, value)
+    if not 0 <= seconds < 1e9:
+        raise ValueError(f"{what} is {seconds:g}, expected a time")
+    return seconds
 
 
 def _name(what: str, value: object) -> str:

@@ -285,6 +285,7 @@ class Supervisor:
         slot.name = f"{slot.name}/{message.pid}"
         slot.phase = "building"
         self._greeted += 1
+        slot.greeted_at, slot.hello_seconds = time.time(), message.seconds
         self._nodes.arrived(slot)
         if slot.node in self._nodes.avoided:
             self._replace(slot)
@@ -298,7 +299,8 @@ class Supervisor:
             self._nodes.now_up()
             self._rest(slot)
             self._start_deaths.clear()
-            emit("worker_ready", worker=slot.name, node=slot.host)
+            greeted = {"hello_seconds": slot.hello_seconds, "greeted_at": slot.greeted_at}
+            emit("worker_ready", worker=slot.name, node=slot.host, **greeted, **vars(message.took))
             if message.layout is not None and message.layout not in self._layouts:
                 self._layouts.append(message.layout)  # told once, since workers on equal GPUs have equal ones
                 emit("layout", worker=slot.name, node=slot.host, **message.layout)

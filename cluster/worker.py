@@ -12,6 +12,7 @@ import contextlib
 import pickle
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from cluster.parcels import Offer
 from cluster.receiving import ActorChannel, Located, locate
 from cluster.shards import node_folder, warm
 from search.errors import MeiosisError, WorkerError
-from search.local_pool import Body, failed, make_body, one_line, run_body
+from search.local_pool import Body, failed, make_body, one_line, preparation, run_body
 from search.pool import Failure, Job, WorkerPlan
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -65,7 +66,10 @@ def actor_class() -> Any:
             """Set up imports and environment, and find the files; returns the greeting."""
             import os
             import sys
+            import time
             from importlib.machinery import PathFinder
+
+            began = time.perf_counter()
 
             packages = surroundings["packages"]
 
@@ -91,7 +95,7 @@ def actor_class() -> Any:
             from cluster.worker import Worker
 
             self._worker = Worker()
-            return self._worker.hello(offer, source)
+            return self._worker.hello(offer, source, began)
 
         def build(self, setup: bytes) -> bytes:
             return self._worker.build(setup)
@@ -112,9 +116,9 @@ class Worker:
     _located = Located()
     _fault: bytes | None = None
 
-    def hello(self, offer: bytes, source: Any = None) -> bytes:
+    def hello(self, offer: bytes, source: Any = None, began: float | None = None) -> bytes:
         """Find the models and data of a pickled `Offer`, and get from the actor `source` what this node does not
-        see. Returns a `Greeting`.
+        see. Returns a `Greeting`, which tells how long ago `began` (`time.perf_counter`) is.
 
         What is wrong with them is kept for `build`: a difference in code is told first. It is found
         here because every worker that there is room for has greeted before the first job is sent.
@@ -123,6 +127,7 @@ class Worker:
 
         import ray
 
+        began = time.perf_counter() if began is None else began
         ours, node_id = identity(), ray.get_runtime_context().get_node_id()
         try:
             offered = pickle.loads(offer)  # noqa: S301 - written by our own driver
@@ -132,7 +137,7 @@ class Worker:
             self._located = locate(offered, channel, node_id=node_id)
         except Exception as error:  # noqa: BLE001 - raised again by the driver
             self._fault = _start_error(error)
-        return encode(Greeting(ours, node_id, os.getpid()))
+        return encode(Greeting(ours, node_id, os.getpid(), time.perf_counter() - began))
 
     def build(self, setup: bytes) -> bytes:
         """Construct the body, while the models are read ahead. Returns `Built`, or the `StartError`.
@@ -150,14 +155,16 @@ class Worker:
             plan = self._located.plan(plan)
             if plan.prepared_folder is None:
                 plan = replace(plan, prepared_folder=str(node_folder() / "prepared"))
+            began = time.perf_counter()
             self._body = make_body(body, plan)
+            took = preparation(self._body, time.perf_counter() - began)
             # Libraries that were loaded before the environment was set are limited here.
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(plan.threads)
             # After the body loaded them: what is hashed is what runs.
             layout = getattr(self._body, "layout", None)
-            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators), layout)
+            built = Built(socket.gethostname(), evaluator_sources(plan.evaluators), took, layout)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again by the driver
             return _start_error(error)
         return encode(built)

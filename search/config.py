@@ -25,6 +25,7 @@ from pydantic import (
 
 from search.budget import LimitsConfig
 from search.errors import ConfigError
+from search.run_log import emit
 from search.yaml_source import YamlSource
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -382,7 +383,9 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> LoadedConfig:
             source.override(key, yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not valid YAML") from error
-    return parse_config(source, path.resolve().parent)
+    loaded = parse_config(source, path.resolve().parent)
+    emit("config_read")
+    return loaded
 
 
 def parse_config(source: YamlSource, folder: Path) -> LoadedConfig:

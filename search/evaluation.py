@@ -23,7 +23,7 @@ from search.device_map import Layout, lay_out, plan_layout, room_on
 from search.devices import worker_devices
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
-from search.merge.live import Instead, LiveModel, build_live_model
+from search.merge.live import Instead, LiveModel, build_live_model, model_class_of
 from search.merge.statistics import identities
 from search.model_state import model_state
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
@@ -40,6 +40,9 @@ class Evaluation:
         plan: models, evaluators, devices and threads.
         devices: what the live model is laid over, instead of the devices of the plan.
 
+    Attributes:
+        model_seconds, evaluator_seconds: what it took to make them ready, without the import of libraries for models.
+
     Raises:
         MeiosisError: models or evaluators cannot be made ready here.
     """
@@ -47,6 +50,7 @@ class Evaluation:
     def __init__(self, plan: WorkerPlan, devices: Sequence[str] | None = None) -> None:
         import torch
 
+        began = time.perf_counter()
         torch.set_num_threads(plan.threads)
         self._seed = plan.seed
         self.name = f"{platform.node()}/{os.getpid()}"
@@ -75,14 +79,20 @@ class Evaluation:
             statistics=opened.statistics,
         )
         self._names = tuple(opened.tensors[plan.base].names)
+        opened_at = time.perf_counter()
+        model_class_of(self._folder)  # several seconds, of libraries
+        imported_at = time.perf_counter()
         self._build()
         self._model.check_holds(opened.tensors[plan.base])
+        built_at = time.perf_counter()
+        self.model_seconds = opened_at - began + built_at - imported_at
         context = Context(model_folder=Path(base.path), device=device, seed=plan.seed)
         self._evaluators: dict[str, Evaluator] = {}
         for spec in plan.evaluators:
             evaluator = make_evaluator(spec)
             evaluator.prepare(context)
             self._evaluators[spec.name] = evaluator
+        self.evaluator_seconds = time.perf_counter() - built_at
 
     def _build(self) -> None:
         """Make the live model, and know nothing of what is in it."""

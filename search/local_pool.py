@@ -13,12 +13,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from evaluators.base import ItemPool
 from search.outcome_check import checked
 from search.pool import Failure, Job, Outcome, WorkerPlan
+from search.run_log import emit
 
 DEFAULT_BODY = "search.evaluation:Evaluation"
 
@@ -28,6 +29,23 @@ class Body(Protocol):
 
     def run(self, job: Job) -> Outcome:
         """The outcome of a job. Failures of a candidate are outcomes; what is raised is a defect."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How many seconds it took to construct a body, in all and for its models and evaluators.
+
+    The rest went to the libraries that it imports.
+    """
+
+    build_seconds: float = 0.0
+    model_seconds: float = 0.0
+    evaluator_seconds: float = 0.0
+
+
+def preparation(body: Body, seconds: float) -> Preparation:
+    """What the construction of a body took, which tells the parts if it has them as attributes of those names."""
+    return Preparation(seconds, *(getattr(body, part, 0.0) for part in ("model_seconds", "evaluator_seconds")))
 
 
 def make_body(dotted: str, plan: WorkerPlan) -> Body:
@@ -76,7 +94,10 @@ class LocalPool:
         self._queue: deque[Job] = deque()
         self._submitted: dict[tuple[int, ItemPool], float] = {}
         self._running = False
+        began = time.perf_counter()
         self._body: Body | None = make_body(body, plan)
+        took = preparation(self._body, time.perf_counter() - began)
+        emit("worker_ready", worker=f"local/{os.getpid()}", node=platform.node(), **vars(took))
 
     @property
     def size(self) -> int:

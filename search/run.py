@@ -16,7 +16,6 @@ from search.budget import Budget, Spending, Used, end_in_force, why_ended
 from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
-from search.export import export_candidate
 from search.extension import extend, items_per_candidate
 from search.finals import Verdict, finish
 from search.in_flight import Key
@@ -216,6 +215,8 @@ def _hand_over(
     setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, report: Callable[[str], None]
 ) -> Path:
     """Export the winner, unless that was done, and write the report; returns the folder of the model."""
+    from search.export import export_candidate  # needs torch, whose import would delay the first candidate
+
     model = folder.best
     if not model.exists() or (verdict.earlier and not _is_exported(model, verdict)):
         report("exporting the winner")
@@ -279,6 +280,8 @@ def export_trial(
     Raises:
         UserError: no such candidate, nothing to export yet, or `out` is taken.
     """
+    from search.export import export_candidate
+
     setup = load_setup(folder, watcher, places=places)
     events = folder.events()
     ended = _ended(events)

@@ -4,15 +4,19 @@
 
 | event | level | what it tells beside `time`, `level` and `event` |
 |---|---|---|
+| command | info | process_started_at (Unix): a command that makes a run, or goes on with one, began |
+| config_read, config_checked, models_hashed | info | these steps of it are done |
 | started | info | run, name, pid, host, pool, workers: a driver began or went on |
+| ray_starting, ray_up | info | address: of the head; null before one of our own is there |
 | message | info | `text`: a line that the person at the terminal sees as well |
 | asked | info | candidate, origin |
 | trial | info, or warning for a failure | candidate, items, worker, node, merge_seconds, evaluate_seconds, queue_seconds, started_at (Unix), attempts, bytes_read, bytes_moved, loss, feasible; kind and why of a failure |
 | failure | warning | candidate, items, detail: a traceback |
 | progress | info | phase, done, total, busy, workers; every few seconds |
-| worker_ready, worker_lost | info, warning | worker, node; why and kind of the loss |
-| layout | info | worker, node, device_map, bytes: how a model was laid over several GPUs, once for every way |
+| worker_ready | info | worker, node; on Ray greeted_at (Unix), when its first call was answered, which took hello_seconds; build_seconds of the second, and of these model_seconds and evaluator_seconds, the rest being libraries |
+| worker_lost | warning | worker, node, kind and why |
 | worker_released | info | worker, node: it ended for the sake of other runs on the cluster |
+| layout | info | worker, node, device_map, bytes: how a model was laid over several GPUs, once for every way |
 | tracking | warning | `text`: a tracker that is absent or gave up |
 | ended | info, or error | how: finished, interrupted, failed; why |
 
@@ -26,6 +30,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -122,8 +127,25 @@ class JsonLines(logging.Handler):
 
 @contextmanager
 def log_to(path: Path, complain: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Write what `emit` is told into a file, as long as this lasts."""
-    handler, level = JsonLines(path, complain), _LOGGER.level
+    """Write what `emit` is told into a file, as long as this lasts, after what `before_the_log` kept for it."""
+    handler = JsonLines(path, complain)
+    for earlier in list(_LOGGER.handlers):
+        if isinstance(earlier, _Kept):
+            earlier.hand_over(handler)
+    with _listening(handler):
+        yield
+
+
+@contextmanager
+def before_the_log() -> Iterator[None]:
+    """Keep what `emit` is told until there is a log, which is made inside and takes it, or is never made."""
+    with _listening(_Kept()):
+        yield
+
+
+@contextmanager
+def _listening(handler: logging.Handler) -> Iterator[None]:
+    level = _LOGGER.level
     _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO)
     try:
@@ -132,6 +154,34 @@ def log_to(path: Path, complain: Callable[[str], None] = lambda _: None) -> Iter
         _LOGGER.setLevel(level)
         _LOGGER.removeHandler(handler)
         handler.close()
+
+
+class _Kept(logging.Handler):
+    """Events from before there is a log: a few, all from the first seconds of a command."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+    def hand_over(self, log: logging.Handler) -> None:
+        """Give what was kept to the log; whatever comes now goes there by itself."""
+        for record in self._records:
+            log.handle(record)
+        _LOGGER.removeHandler(self)
+
+
+def process_started_at() -> float | None:
+    """When this process began, in Unix seconds to a hundredth; None where the system does not say (it is not Linux)."""
+    try:
+        # The name of the command, in brackets, may hold anything; the 20th field after it is the one.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    return time.time() - age
 
 
 def last_events(path: Path, most_bytes: int = 1 << 16) -> list[dict[str, object]]:

@@ -27,6 +27,7 @@ from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
 from search.pool import WorkerPlan
 from search.recipe import ModelRef
+from search.run_log import emit
 from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
@@ -113,12 +114,15 @@ class _Faults:
             raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
 
-def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) -> Setup:
+def check(
+    loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None, sound: Callable[[], None] = lambda: None
+) -> Setup:
     """Check a config against its models, plug-ins and data.
 
     Args:
         loaded: from `load_config`.
         report: is called with a line before something that takes long.
+        sound: is called when only the contents of the models are left to be looked at, which can take long.
 
     Raises:
         ConfigError: every fault that was found, one per line, each with file, line, key and way out.
@@ -172,6 +176,8 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
+    emit("config_checked")
+    sound()
     # Reading every byte comes last, when nothing else is wrong.
     models = {}
     for name, checkpoint in checkpoints.items():
@@ -183,6 +189,7 @@ def check(loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None) 
         models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
     models = check_statistics(loaded, models, faults.add)
     faults.raise_if_any()
+    emit("models_hashed")
     assert space is not None
     assert make_optimizer is not None
     return Setup(

@@ -81,7 +81,7 @@ def test_a_failure_and_numbers_that_are_not_finite_come_back_as_they_were() -> N
 
 def test_what_a_worker_runs_and_that_it_is_there_come_back() -> None:
     for message in (
-        Greeting(identity(), "a" * 56, os.getpid()),
+        Greeting(identity(), "a" * 56, os.getpid(), 0.25),
         Built("node", {"e": Package("/some/where", "0" * 64)}),
         Built("node", {}, {"device_map": {"model.layers.0": "cuda:1"}, "bytes": {"cuda:0": 0, "cuda:1": 12}}),
         Alive(),
@@ -116,7 +116,7 @@ def fields_of(message: Message) -> dict[str, Any]:
     return fields
 
 
-GREETING = Greeting(identity(), "a" * 56, 17)
+GREETING = Greeting(identity(), "a" * 56, 17, 1.5)
 FAULTS: dict[str, tuple[object, str]] = {
     "a list": ([1], "the message is list, expected dict"),
     "another message": (fields_of(Alive()), "sent 'Alive', expected Outcome or Greeting"),

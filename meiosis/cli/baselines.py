@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from meiosis.cli.common import debug_option, json_option, make_pool, note
+from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
 
@@ -24,6 +24,7 @@ from meiosis.cli.watch import Watch
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option
 @debug_option
+@run_command
 def command(
     config: Path,
     only: tuple[str, ...],
@@ -52,7 +53,8 @@ def command(
         chosen = [{one: options[one]} if options.get(one) else one for one in dict.fromkeys(only)]
         overrides = (*overrides, f"search.baselines={json.dumps(chosen)}")
         loaded = load_config(config, (*overrides, *given, "search.baselines_only=true"))
-    setup = check(loaded, report=note)
-    with Watch(quiet=as_json) as watch:
-        finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
+    with early_ray(loaded.config) as start_ray:
+        setup = check(loaded, report=note, sound=start_ray)
+        with Watch(quiet=as_json) as watch:
+            finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
     show(finished, as_json)

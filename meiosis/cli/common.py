@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from search.config import Config
     from search.pool import Pool, WorkerPlan
     from search.setup import Setup
     from search.store.run_folder import RunFolder
@@ -31,6 +35,20 @@ def debug_option(function: F) -> F:
 def json_option(function: F) -> F:
     """`--json`: one JSON document on stdout instead of text for people."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def run_command(function: F) -> F:
+    """A command that makes a run or goes on with one: the log of the run tells what came before it as well."""
+
+    @functools.wraps(function)
+    def logged(*args: Any, **options: Any) -> Any:
+        from search.run_log import before_the_log, emit, process_started_at
+
+        with before_the_log():
+            emit("command", process_started_at=process_started_at())
+            return function(*args, **options)
+
+    return cast(F, logged)
 
 
 def out() -> Console:
@@ -107,6 +125,16 @@ def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
             working_folder=folder,
             report=say,
         )
+
+
+def early_ray(config: Config) -> AbstractContextManager[Callable[[], None]]:
+    """Gives a function that begins to start the Ray that a config needs, if it is one of our own, beside other work."""
+    cluster = config.cluster
+    if cluster.pool != "ray" or cluster.address is not None:
+        return nullcontext(lambda: None)
+    from cluster.early_ray import early_ray
+
+    return early_ray(min(cluster.workers, os.cpu_count() or 1), cluster.gpus_per_worker > 0)
 
 
 def results_option(function: F) -> F:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from meiosis.cli.budget import given, limit_options, places_option
-from meiosis.cli.common import debug_option, find_run, json_option, make_pool, results_option
+from meiosis.cli.common import debug_option, find_run, json_option, make_pool, results_option, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
 
@@ -26,6 +26,7 @@ from meiosis.cli.watch import Watch
 @results_option
 @json_option
 @debug_option
+@run_command
 def command(
     run: str,
     budget: int | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.budget import limit_options
-from meiosis.cli.common import debug_option, json_option, make_pool, note, out, print_json
+from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, out, print_json, run_command
 from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.watch import Watch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the config.")
 @json_option
 @debug_option
+@run_command
 def command(
     config: Path,
     name: str | None,
@@ -44,7 +45,6 @@ def command(
     """
     from search.config import load_config
     from search.progress import Watcher
-    from search.run import start
     from search.setup import check
 
     named = {
@@ -57,10 +57,13 @@ def command(
     }
     given = tuple(f"{key}={'null' if value == 'none' else value}" for key, value in named.items() if value is not None)
     loaded = load_config(config, (*overrides, *given))
-    setup = check(loaded, report=note)
-    refuse_at_once(setup)
-    with Watch(quiet=as_json) as watch:
-        finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
+    with early_ray(loaded.config) as start_ray:
+        setup = check(loaded, report=note, sound=start_ray)
+        refuse_at_once(setup)
+        from search.run import start  # more to import, while Ray starts
+
+        with Watch(quiet=as_json) as watch:
+            finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
     show(finished, as_json)
 
 

@@ -162,7 +162,7 @@ def build_live_model(
     """
     import transformers
 
-    model_class = _model_class(folder)
+    model_class = model_class_of(folder)
     wanted: Any = "auto" if dtype is None else getattr(torch, dtype)
     with _quiet(transformers.utils.logging):
         try:
@@ -220,7 +220,12 @@ def _others(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _model_class(folder: Path) -> Any:
+def model_class_of(folder: Path) -> Any:
+    """The class of transformers that the config of a checkpoint folder names first, imported.
+
+    Raises:
+        CheckpointError: see `build_live_model`.
+    """
     import transformers
 
     path = folder / "config.json"
