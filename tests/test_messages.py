@@ -83,7 +83,7 @@ def test_what_a_worker_runs_and_that_it_is_there_come_back() -> None:
     for message in (
         Greeting(identity(), "a" * 56, os.getpid(), 0.25),
         Built("node", {"e": Package("/some/where", "0" * 64)}),
-        Built("node", {}, {"device_map": {"model.layers.0": "cuda:1"}, "bytes": {"cuda:0": 0, "cuda:1": 12}}),
+        Built("node", {}, layout={"device_map": {"model.layers.0": "cuda:1"}, "bytes": {"cuda:0": 0, "cuda:1": 12}}),
         Alive(),
     ):
         assert decode(encode(message), type(message)) == message
