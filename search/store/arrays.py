@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,19 +21,12 @@ if TYPE_CHECKING:
 ScoreRows = list[tuple[str, NDArray[np.float64]]]
 """Key -> one number per item, in order; the keys are those of the column `scores`."""
 
-
 _SHORT = 32
 """Texts of so many characters are kept."""
 
 
-def one(kind: pa.DataType, value: object) -> pa.Array:
-    """An array of `kind` with the one element `value`."""
-    return _null(kind) if value is None else _maker(kind)(value)
-
-
-@cache
-def _maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
-    """What makes an array of one element that is not null. Looked up for every column of every record."""
+def maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
+    """What makes an array of `kind` with one element that is not null."""
     import pyarrow as pa
 
     if pa.types.is_string(kind):
@@ -41,7 +34,7 @@ def _maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
     if pa.types.is_list(kind):
         return lambda value: lists([value], kind)
     if pa.types.is_map(kind):
-        return lambda value: _map(kind, value)
+        return _map_maker(kind)
     if pa.types.is_boolean(kind):
         return lambda value: pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(b"\x01" if value else b"\x00")])
     pack = struct.Struct("<d" if pa.types.is_floating(kind) else "<I" if kind == pa.uint32() else "<q").pack
@@ -54,27 +47,25 @@ def _short(value: str) -> pa.Array:
     return texts([value])
 
 
-@cache
-def _null(kind: pa.DataType) -> pa.Array:
+def _map_maker(kind: pa.DataType) -> Callable[[Any], pa.Array]:
     import pyarrow as pa
 
-    return pa.nulls(1, kind)
-
-
-def _map(kind: pa.DataType, value: object) -> pa.Array:
-    import pyarrow as pa
-
-    pairs = list(value.items()) if isinstance(value, Mapping) else list(cast(ScoreRows, value))
-    values: list[Any] = [item for _, item in pairs]
-    if pa.types.is_list(kind.item_type):
-        items = lists(values, kind.item_type)
-    elif pa.types.is_string(kind.item_type):
-        items = texts(values)
+    fields, item_type = pa.struct([kind.key_field, kind.item_field]), kind.item_type
+    if pa.types.is_list(item_type):
+        make_items: Callable[[Any], pa.Array] = partial(lists, kind=item_type)
+    elif pa.types.is_string(item_type):
+        make_items = texts
     else:
-        items = _floats(np.array(values, np.float64))
-    fields = pa.struct([kind.key_field, kind.item_field])
-    entries = pa.Array.from_buffers(fields, len(pairs), [None], children=[texts([key for key, _ in pairs]), items])
-    return pa.Array.from_buffers(kind, 1, [None, pa.py_buffer(struct.pack("<ii", 0, len(pairs)))], children=[entries])
+        make_items = lambda values: _floats(np.array(values, np.float64))  # noqa: E731
+
+    def make(value: object) -> pa.Array:
+        pairs = list(value.items()) if isinstance(value, Mapping) else list(cast(ScoreRows, value))
+        children = [texts([key for key, _ in pairs]), make_items([item for _, item in pairs])]
+        entries = pa.Array.from_buffers(fields, len(pairs), [None], children=children)
+        offsets = pa.py_buffer(struct.pack("<ii", 0, len(pairs)))
+        return pa.Array.from_buffers(kind, 1, [None, offsets], children=[entries])
+
+    return make
 
 
 def texts(values: Sequence[str]) -> pa.Array:

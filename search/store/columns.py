@@ -45,7 +45,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.base import Scores
-from search.store.arrays import ScoreRows, one, score_rows
+from search.store.arrays import ScoreRows, maker, score_rows
 from search.store.events import Ask, End, Event, Extended, LimitReached, Trial
 from search.store.side_files import SideFiles
 
@@ -119,8 +119,14 @@ def schema() -> pa.Schema:
 
 
 @cache
-def _types() -> tuple[tuple[str, pa.DataType], ...]:
-    return tuple((field.name, field.type) for field in schema())
+def _columns() -> tuple[tuple[str, pa.Array, Callable[[Any], pa.Array]], ...]:
+    """Of every column its name, the array of one null, and what makes an array of one value.
+
+    Looked up once: a type of Arrow is hashed by its text.
+    """
+    import pyarrow as pa
+
+    return tuple((field.name, pa.nulls(1, field.type), maker(field.type)) for field in schema())
 
 
 def is_current(found: pa.Schema) -> bool:
@@ -161,7 +167,7 @@ def encode(event: Event, seq: int, side: SideFiles, place: int = 0) -> bytes:
     import pyarrow as pa
 
     row = _row(event, seq, side)
-    arrays = [one(kind, row.get(name)) for name, kind in _types()]
+    arrays = [null if (value := row.get(name)) is None else make(value) for name, null, make in _columns()]
     message = bytearray(pa.RecordBatch.from_arrays(arrays, schema=schema()).serialize())
     if message[-_CRC_BYTES:] != struct.pack("<II", _UNSET, 0):
         raise AssertionError("Arrow does not lay out a record as expected: crc32 is not its last buffer")
