@@ -170,7 +170,9 @@ def test_the_list_of_all_candidates_is_not_copied_for_every_trial(
     assert copies <= 3
 
 
-def test_only_the_recipes_of_generation_0_are_hashed_from_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_recipes_of_generation_0_are_hashed_from_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from search.recipe import Recipe
 
     hashed = 0
