@@ -42,6 +42,7 @@ from scheduling.utilisation import (
 )
 
 from search.driver import Limits
+from search.nevergrad_box import import_cma
 
 MEAN_SECONDS, VARIATION = 60.0, 0.5
 REAL_SECONDS = 0.5
@@ -160,6 +161,7 @@ def _use(way: Discipline, durations: str, workers: int, pool: str, budget: int) 
 
 def measure(arguments: argparse.Namespace, note: Callable[[str], None]) -> list[Row]:
     """All rows of both tables."""
+    import_cma()  # a second, once per run: no cost of a trial
     few = 10 if arguments.quick else 1
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="driver-cost-", dir=arguments.folder) as temporary:
