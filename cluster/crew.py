@@ -48,6 +48,7 @@ class Slot:
         host: name of that machine.
         greeted_at: when its `Greeting` came, in Unix seconds.
         hello_seconds: what that call took inside its process.
+        late: whether the first job had been started when it greeted.
         failed: candidates that failed on it since the last success.
         successes: how many outcomes of all workers were successes when the first of these failed.
     """
@@ -64,6 +65,7 @@ class Slot:
     host: str = ""
     greeted_at: float = 0.0
     hello_seconds: float = 0.0
+    late: bool = False
     entry: Entry | None = None
     failed: set[int] = field(default_factory=set)
     successes: int = 0

@@ -2,9 +2,9 @@
 
 Our packages have common names (`search`, `evaluators`), so "it imports" proves nothing: a folder of
 that name, or another version on another node, would silently score other merges. Before the first
-trial every worker says what it would run, and a difference stops the run. The same holds for
-evaluators that are not ours: of them the files of their classes are compared, and a file that they
-call a function of; what those import is not.
+trial every worker says what it would run, and a difference stops the run; a worker that comes later
+and runs something else gets no trial. The same holds for evaluators that are not ours: of them the
+files of their classes are compared, and a file that they call a function of; what those import is not.
 """
 
 from __future__ import annotations

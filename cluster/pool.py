@@ -42,8 +42,9 @@ class RayPool:
 
     The constructor starts or joins Ray and asks for the workers; they come up inside `ready` or `wait`,
     and no job is dispatched before those that the cluster can hold have shown that they run the
-    driver's code. What a body's constructor raises as `MeiosisError` is raised there as it is. On a cluster with
-    other runs there are as many workers as its share, see `cluster.sharing`.
+    driver's code. What a body's constructor raises as `MeiosisError` is raised there as it is, until the first job
+    has started; a worker that comes later and cannot be used is replaced, and its node set aside when that goes on. On
+    a cluster with other runs there are as many workers as its share, see `cluster.sharing`.
 
     Args:
         plan: what the body of every worker is constructed with.
@@ -142,8 +143,8 @@ class RayPool:
         """Wait until the workers that the cluster can hold are up.
 
         Raises:
-            MeiosisError: what the body's constructor raised.
-            WorkerError: a worker runs other code, or none can be kept alive.
+            MeiosisError: what the body's constructor raised before the first job started.
+            WorkerError: a worker runs other code, before the first job started, or none can be kept alive.
         """
         while self._supervisor is not None and not self._supervisor.ready:
             self._supervisor.step(POLL_SECONDS)
@@ -162,8 +163,8 @@ class RayPool:
         """Outcomes that are there, see `Pool.wait`; at once and empty if no job is under way.
 
         Raises:
-            MeiosisError: what the body's constructor raised.
-            WorkerError: a worker runs other code, or none can be kept alive.
+            MeiosisError: what the body's constructor raised before the first job started.
+            WorkerError: a worker runs other code, before the first job started, or none can be kept alive.
         """
         end = FOREVER if timeout is None else time.monotonic() + timeout
         while self._supervisor is not None and not self._jobs.any_done and self._jobs.under_way:

@@ -23,7 +23,7 @@ from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, is_placed, node_of
 from cluster.sharing import Sharing
 from cluster.start_deaths import StartDeath, StartDeaths
-from search.errors import WorkerError
+from search.errors import MeiosisError, WorkerError
 from search.local_pool import failed, one_line
 from search.outcome_check import OutcomeCheck, cleaned
 from search.pool import Failure, FailureKind, Outcome
@@ -93,7 +93,7 @@ class Supervisor:
         self._idle: deque[Slot] = deque()
         self._greeted = self._idle_deaths = self._expected = 0
         self._start_deaths = StartDeaths()
-        self._gathered = self._all_up = False
+        self._gathered = self._all_up = self._begun = False
         self._layouts: list[Mapping[str, Any]] = []
         now = time.monotonic()
         self._next_look = now
@@ -177,7 +177,7 @@ class Supervisor:
         if avoided != self._avoided:
             self._avoided = avoided
             for slot in list(self._slots.values()):
-                unplaced = slot.phase == "starting" and slot.avoid - avoided
+                unplaced = slot.phase == "starting" and slot.avoid - avoided and not is_placed(slot.actor)
                 leaves = slot.node in self._nodes.avoided and slot.phase in ("building", "idle", "doubted")
                 if unplaced or leaves:
                     self._replace(slot)
@@ -237,6 +237,7 @@ class Supervisor:
         return slot.node not in entry.left or not self._nodes.others(entry.left)
 
     def _start(self, slot: Slot, entry: Entry) -> None:
+        self._begun = True
         entry.started(slot.host)
         slot.phase = "working"
         self._calls.send(slot, slot.actor.run.remote(entry.message), time.monotonic() + self._trial_seconds)
@@ -280,8 +281,12 @@ class Supervisor:
             self._engaged.discard(slot)
 
     def _greeting(self, slot: Slot, message: Greeting) -> None:
-        handshake.compare(self._crew.identity, message.identity, slot.name)
-        slot.node, slot.host = message.node_id, message.identity.node
+        slot.node, slot.host, slot.late = message.node_id, message.identity.node, self._begun
+        try:
+            handshake.compare(self._crew.identity, message.identity, slot.name)
+        except WorkerError as error:
+            self._refuse(slot, error)
+            return
         slot.name = f"{slot.name}/{message.pid}"
         slot.phase = "building"
         self._greeted += 1
@@ -294,7 +299,11 @@ class Supervisor:
 
     def _built(self, slot: Slot, message: Built | StartError) -> None:
         if isinstance(message, Built):
-            handshake.compare_evaluators(self._crew.evaluators, message.evaluators, slot.name, message.node)
+            try:
+                handshake.compare_evaluators(self._crew.evaluators, message.evaluators, slot.name, message.node)
+            except WorkerError as error:
+                self._refuse(slot, error)
+                return
             self._up.add(slot)
             self._nodes.now_up()
             self._rest(slot)
@@ -308,9 +317,19 @@ class Supervisor:
                 self._all_up = len(self._up) == self._workers
                 self._report(f"worker {len(self._up)}/{self._workers} ready")
         elif message.explained is not None:
-            raise message.explained
+            self._refuse(slot, message.explained)
         else:
             self._lost(slot, message.message, "error", message.detail)
+
+    def _refuse(self, slot: Slot, error: MeiosisError) -> None:
+        """A worker cannot be used, for a reason to tell the user. Before the first trial that ends the run.
+
+        Later it is a fault of its node, which joined without being like the others, or whose disk is full, say: the
+        search goes on with those that it has.
+        """
+        if not slot.late:
+            raise error
+        self._lost(slot, str(error), "error")
 
     def _rest(self, slot: Slot) -> None:
         """The worker has nothing to do; on a node that is to be left it ends."""
@@ -417,7 +436,7 @@ class Supervisor:
         self._slots[slot.number] = slot
 
     def _give_up_on_starts(self, now: float) -> None:
-        if deaths := self._start_deaths.counted(self._nodes.dead, now):
+        if deaths := self._start_deaths.counted(self._nodes.dead, now, others_work=bool(self._up)):
             self._stop_after(len(deaths), START_DEATHS, "could not start", deaths[-1].why, deaths[-1].detail)
 
     def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_ray_pool import drain
 from worker_bodies import job, plan, starts
 
 from cluster.doubts import FAILURES_IN_A_ROW
 from cluster.jobs import JobBook
 from cluster.pool import RayPool
-from search.errors import UserError
+from cluster.shards import one_at_a_time
+from cluster.start_deaths import StartDeath, StartDeaths
+from search.errors import UserError, WorkerError
 from search.pool import Outcome
+from search.recipe import ModelRef
 from search.store.nodes_file import NODES, NodeState, WorkersState, read_nodes, write_nodes
 
 if TYPE_CHECKING:
@@ -29,10 +36,9 @@ def make(ray_session: Session, tmp_path: Path) -> Iterator[Callable[..., RayPool
     """Makes pools on the shared Ray, closed at the end of the test."""
     pools: list[RayPool] = []
 
-    def make(workers: int, **options: Any) -> RayPool:
-        pools.append(
-            RayPool(plan(tmp_path), workers=workers, body="worker_bodies:Scripted", working_folder=tmp_path, **options)
-        )
+    def make(workers: int, body: str = "worker_bodies:Scripted", **options: Any) -> RayPool:
+        with_models = replace(plan(tmp_path), models=options.pop("models", {}))
+        pools.append(RayPool(with_models, workers=workers, body=body, working_folder=tmp_path, **options))
         return pools[-1]
 
     yield make
@@ -90,6 +96,102 @@ def test_the_only_worker_is_believed_whatever_it_fails(make: Callable[..., RayPo
     outcomes = drain(pool, 9)
     assert [outcome.attempts for outcome in outcomes.values()] == [1] * 9
     assert starts(tmp_path) == list(range(9))
+
+
+def test_a_worker_that_comes_later_and_cannot_be_used_is_replaced_and_the_search_goes_on(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    pool = make(1, report=said.append, body="worker_bodies:RefusesLater")
+    pool.submit(job(0))
+    assert drain(pool, 1)[0].failure is None
+    (tmp_path / "refuse").write_text("the disk is full\nstill full")
+    pool.submit(job(1, "exit_once"))
+    outcome = drain(pool, 1)[1]
+    assert (outcome.failure, outcome.attempts) == (None, 2)
+    assert [line.partition(": ")[2] for line in said if "is replaced" in line][1:] == [
+        "evaluators.code: the disk is full",
+        "evaluators.code: still full",
+    ]
+
+
+def test_workers_that_can_no_longer_be_used_end_the_search_with_the_reason(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    pool = make(1, body="worker_bodies:RefusesLater")
+    pool.submit(job(0))
+    drain(pool, 1)
+    (tmp_path / "refuse").write_text("gone\n" * 3)
+    pool.submit(job(1, "exit_once"))
+    with pytest.raises(WorkerError) as caught:
+        drain(pool, 1)
+    assert str(caught.value) == "3 workers in a row could not start; the last one: evaluators.code: gone"
+
+
+def test_several_nodes_on_which_no_worker_starts_end_no_search_while_others_work() -> None:
+    deaths = StartDeaths()
+    for node in ("one", "two", "one", "three"):
+        deaths.add(StartDeath(node, "no room", "", 0.0))
+    deaths.add(StartDeath("two", "killed", "", 20.0))
+    assert len(deaths.counted((), 1.0, others_work=False)) == 4
+    assert [death.node for death in deaths.counted((), 1.0, others_work=True)] == ["one", "one"]
+    assert [death.node for death in deaths.counted(("one",), 20.0, others_work=True)] == ["two", "two"]
+    deaths.clear()
+    assert deaths.counted((), 1.0, others_work=True) == []
+
+
+def test_a_worker_that_comes_later_and_runs_other_code_is_replaced_and_the_search_goes_on(
+    make: Callable[..., RayPool],
+) -> None:
+    said: list[str] = []
+    pool = make(1, report=said.append)
+    pool.submit(job(0))
+    drain(pool, 1)
+    assert pool._supervisor is not None
+    crew = pool._supervisor._crew
+    ours = crew.identity
+    crew.identity = replace(ours, libraries={**ours.libraries, "torch": "0.0"})
+    pool.submit(job(1, "exit_once"))
+    end = time.monotonic() + 60
+    while not any("has torch" in line for line in said):
+        assert time.monotonic() < end, said
+        pool.wait(0.05)
+    crew.identity = ours
+    assert drain(pool, 1)[1].failure is None
+
+
+def test_a_worker_that_has_room_already_is_not_started_anew_when_a_node_may_be_used_again(
+    make: Callable[..., RayPool], tmp_path: Path
+) -> None:
+    from cluster.nodes import is_placed
+
+    model = tmp_path / "code"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file = model / "model.safetensors"
+    save_file({"w": np.ones((4, 4), np.float32)}, file)
+    elsewhere = frozenset({"f" * 56})
+    pool = make(1, models={"code": ModelRef(path=str(model))})
+    supervisor = pool._supervisor
+    assert supervisor is not None
+
+    def look_until(true: Callable[[], object]) -> None:
+        end = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < end
+            supervisor.step(0.1)
+
+    with one_at_a_time(model):  # as if another worker of the node hashed it, and that took long
+        os.utime(file, (1, 1))
+        supervisor._sharing.full = elsewhere
+        supervisor._replace(next(iter(supervisor._slots.values())))
+        (slot,) = supervisor._slots.values()
+        assert slot.avoid == elsewhere
+        look_until(lambda: is_placed(slot.actor) and supervisor._avoided == elsewhere)
+        supervisor._sharing.full = frozenset()
+        look_until(lambda: supervisor._avoided == frozenset())
+        assert list(supervisor._slots.values()) == [slot]
+    look_until(lambda: slot.up)
 
 
 def test_what_a_worker_returns_is_looked_at_before_it_is_told(make: Callable[..., RayPool]) -> None:

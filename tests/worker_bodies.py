@@ -150,6 +150,17 @@ class Refuses:
         raise OwnError("evaluators.code: there is no file 'items.jsonl'")
 
 
+class RefusesLater(Scripted):
+    """Cannot be made while there is a file `refuse`, from which it takes a line each time."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        super().__init__(plan)
+        mark = self.folder / "refuse"
+        if mark.exists() and (lines := mark.read_text().splitlines()):
+            mark.write_text("\n".join(lines[1:]))
+            raise OwnError(f"evaluators.code: {lines[0]}")
+
+
 class Waits(Scripted):
     """A body that takes until there is a file `go`."""
 
