@@ -122,8 +122,7 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
     if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
         raise UserError(f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'")
     if _session is not None:
-        if address is not None and address != _session.address:
-            raise WorkerError(f"this process uses Ray at {_session.address} already; close it before joining {address}")
+        _refuse_another(_session.address, address)
         _session._users += 1
         return _session
     if address is None and (take := _offered) is not None:
@@ -135,9 +134,16 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
     import ray
 
     if ray.is_initialized():  # by the program that uses us; it also shuts it down
-        return Session(ray.get_runtime_context().gcs_address, own=False, added_path=_added_path())
+        theirs = ray.get_runtime_context().gcs_address
+        _refuse_another(theirs, address)
+        return Session(theirs, own=False, added_path=_added_path())
     _session = _join(address, log) if address is not None else start_ray(cpus, with_gpus, log)
     return _session
+
+
+def _refuse_another(used: str, address: str | None) -> None:
+    if address is not None and address != used:
+        raise WorkerError(f"this process uses Ray at {used} already; close it before joining {address}")
 
 
 def _prepare(own: bool) -> None:

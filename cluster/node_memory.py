@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.local_ray import Session
+from cluster.need import Need
 from search.machine import make_probe
 from search.memory import Node
 
@@ -23,8 +24,7 @@ def cluster_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if session.own:
-        cpus = 0
+    need = Need(0 if session.own else cpus, gpus)
     probe = ray.remote(num_cpus=0, max_retries=0)(make_probe())
     asked = {
         node["NodeID"]: probe.options(
@@ -46,14 +46,13 @@ def cluster_nodes(
                 told = ray.get(call)
             except ray.exceptions.RayError:  # it died meanwhile
                 continue
-        slots = [int(have.get(kind, 0.0) / need + 1e-6) for kind, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
         found.append(
             Node(
                 name=f"{told['name']} ({node['NodeID'][:8]})",
                 memory=int(min(told["memory"], have.get("memory", 1 << 62))),
                 # A GPU that Ray was not given is not ours.
                 gpus=tuple(told["gpus"][: int(have.get("GPU", 0))]),
-                slots=min(slots, default=1 << 30),
+                slots=need.fits(have, 1 << 30),
                 lacks=told["lacks"],
             )
         )

@@ -21,7 +21,9 @@ from packages import ROOT
 from safetensors.numpy import save_file
 from worker_bodies import OwnError, job, plan, starts
 
+from cluster import local_ray
 from cluster.local_ray import _make_folder, open_session
+from cluster.node_memory import cluster_nodes
 from cluster.pool import MOMENT_SECONDS, RayPool
 from cluster.shards import node_folder, warm_stamp
 from evaluators.base import EvaluatorSpec
@@ -354,6 +356,30 @@ def test_a_model_that_changed_since_it_was_hashed_stops_the_pool_at_once(
 def test_a_process_uses_one_ray_at_a_time(ray_session: Session) -> None:
     with pytest.raises(WorkerError, match="uses Ray at"):
         open_session("127.0.0.1:1")
+
+
+def test_an_address_is_not_passed_over_where_the_program_that_uses_us_has_another_ray(
+    ray_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ray, "_session", None)  # as if the program had started it
+    with pytest.raises(WorkerError, match=f"uses Ray at {ray_session.address} already; close it before joining 127"):
+        open_session("127.0.0.1:1")
+    for address in (None, ray_session.address):
+        theirs = open_session(address)
+        assert (theirs.address, theirs.own) == (ray_session.address, False)
+        theirs.close()
+
+
+@pytest.mark.parametrize(("gpus", "slots"), [(0.6, 2), (0.5, 4), (1, 2), (2, 1)])
+def test_memory_is_planned_for_as_many_workers_as_are_started(
+    ray_session: Session, monkeypatch: pytest.MonkeyPatch, gpus: float, slots: int
+) -> None:
+    import ray
+
+    (node,) = ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [{**node, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
+    (found,) = cluster_nodes(ray_session, cpus=1, gpus=gpus)
+    assert found.slots == slots
 
 
 def test_an_address_where_nobody_answers_is_an_error_within_seconds() -> None:
