@@ -157,6 +157,11 @@ class Crew:
         self._class = ray.remote(max_restarts=0, max_task_retries=0)(actor_class())
         self._numbers = itertools.count(1)
 
+    @property
+    def silent_head(self) -> str | None:
+        """Address of the head of the cluster if it does not answer, else None."""
+        return None if self._session.head_answers() else self._session.address
+
     def hire(self, now: float, avoid: frozenset[str] = frozenset()) -> Slot:
         """A new worker, on its way; its first call returns a `Greeting`. It is placed on no node in `avoid`."""
         options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus}

@@ -35,6 +35,8 @@ from search.run_log import emit
 
 OBJECT_STORE_BYTES = 100_000_000
 """Messages are small, models never travel. Ray refuses less than 75 MB."""
+ANSWER_SECONDS = 2.0
+"""Longest wait for the head of a cluster that this process has joined."""
 _PREFIX = "meiosis-"
 _LONGEST_BASE = 22
 """Longest folder for Ray's files: below it come 68 characters of Ray's own and a name of 17, and a
@@ -59,6 +61,15 @@ class Session:
         """Write what Ray prints into another file from now on; None: drop it."""
         if self._stdout is not None:
             self._stdout.log_to(log)
+
+    def head_answers(self) -> bool:
+        """Whether somebody listens at the head. Ray itself would be asked in vain for a minute, deaf to signals."""
+        host, _, port = self.address.partition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Disconnect, if no other user of the session is left; a Ray of our own ends with all its processes.

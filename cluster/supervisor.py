@@ -93,7 +93,7 @@ class Supervisor:
         self._idle: deque[Slot] = deque()
         self._greeted = self._idle_deaths = self._expected = 0
         self._start_deaths = StartDeaths()
-        self._gathered = self._all_up = self._begun = False
+        self._gathered = self._all_up = self._begun = self._headless = False
         self._layouts: list[Mapping[str, Any]] = []
         now = time.monotonic()
         self._next_look = now
@@ -170,6 +170,8 @@ class Supervisor:
 
     def _look(self, now: float) -> None:
         """What is done once a second: see how the nodes are, and what follows from it."""
+        if self._is_headless():
+            return
         self._tell(self._crew.sender.news())
         self._nodes.refresh(now)
         self._fit(now)
@@ -192,6 +194,19 @@ class Supervisor:
                 if entry.failed_first is not None and self._jobs.withdraw(entry):
                     self._conclude(entry, entry.failed_first, entry.failed_first.worker)
         self._nodes.write(self._folder, self._sharing.now)
+
+    def _is_headless(self) -> bool:
+        """Whether the head of the cluster does not answer; told once. Trials go on as long as Ray lets them."""
+        silent = self._crew.silent_head
+        if silent is not None and not self._headless:
+            self._report(
+                f"the head of the Ray cluster at {silent} does not answer; if it stays away, Ray ends this process "
+                "after a minute, and 'meiosis resume' goes on elsewhere with what is saved"
+            )
+        elif silent is None and self._headless:
+            self._report("the head of the Ray cluster answers again")
+        self._headless = silent is not None
+        return self._headless
 
     def _fit(self, now: float) -> None:
         """Have as many workers as this run may have beside others."""

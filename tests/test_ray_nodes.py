@@ -219,6 +219,33 @@ STARTING = (
 )
 
 
+HEADLESS = (
+    COMMON.replace("HEAD", "1")
+    + """
+    import signal
+    pool = make(workers=1)
+    pool.submit(job(0))
+    first = drain(1)[0]
+    (head,) = cluster.head_node.all_processes["gcs_server"]
+    os.kill(head.process.pid, signal.SIGKILL)
+    head.process.wait()
+    pool.submit(job(1, "sleep", seconds=2.0))
+    pool.submit(job(2))
+    outcomes = drain(2, seconds=30)
+    longest, end = 0.0, time.monotonic() + 4
+    pool.submit(job(3, "sleep", seconds=10.0))
+    while time.monotonic() < end:
+        began = time.monotonic()
+        pool.wait(0.2)
+        longest = max(longest, time.monotonic() - began)
+    (notes / "result.json").write_text(json.dumps(dict(
+        said=said, longest=longest, failures=[o.failure and o.failure.message for o in (first, *outcomes.values())])))
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    os._exit(0)  # with its head, Ray cannot be left in order
+"""
+)
+
+
 def run(text: str, folder: Path) -> dict[str, Any]:
     """What a driver of its own found out."""
     script, notes = folder / "driver.py", folder / "notes"
@@ -306,3 +333,12 @@ def test_nodes_that_go_while_the_workers_start_end_no_search(tmp_path: Path) -> 
     found = run(STARTING, tmp_path)
     assert sum(": it" in line and "is replaced" in line for line in found["said"]) >= 4
     assert found["outcomes"] == [[None, 1]] * 4
+
+
+def test_a_head_that_is_gone_is_told_at_once_and_does_not_hold_up_the_driver(tmp_path: Path) -> None:
+    found = run(HEADLESS, tmp_path)
+    (line,) = [line for line in found["said"] if "does not answer" in line]
+    assert line.startswith("the head of the Ray cluster at ")
+    assert "'meiosis resume'" in line
+    assert found["failures"] == [None] * 3
+    assert found["longest"] < 3.0, "seconds in one wait of 0.2"
