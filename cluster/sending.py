@@ -167,6 +167,8 @@ class Sender:
         lines = []
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             lines = self.news(CLOSE_SECONDS)
+            if self._asked is None:  # that may have been the answer to a question of a second ago
+                lines += self.news(CLOSE_SECONDS)
             ray.kill(self.handle, no_restart=True)
         self.handle = None
         return lines

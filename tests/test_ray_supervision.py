@@ -16,13 +16,16 @@ from test_ray_pool import drain
 from worker_bodies import job, plan, starts
 
 from cluster.doubts import FAILURES_IN_A_ROW
+from cluster.handshake import identity
 from cluster.jobs import JobBook
 from cluster.pool import RayPool
-from cluster.shards import one_at_a_time
+from cluster.sending import Sender
+from cluster.shards import one_at_a_time, shard_refs
 from cluster.start_deaths import StartDeath, StartDeaths
 from search.errors import UserError, WorkerError
 from search.pool import Outcome
 from search.recipe import ModelRef
+from search.store.copied import Copied, read_copied
 from search.store.nodes_file import NODES, NodeState, WorkersState, read_nodes, write_nodes
 
 if TYPE_CHECKING:
@@ -160,16 +163,20 @@ def test_a_worker_that_comes_later_and_runs_other_code_is_replaced_and_the_searc
     assert drain(pool, 1)[1].failure is None
 
 
+def write_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({"w": np.ones((4, 4), np.float32)}, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
 def test_a_worker_that_has_room_already_is_not_started_anew_when_a_node_may_be_used_again(
     make: Callable[..., RayPool], tmp_path: Path
 ) -> None:
     from cluster.nodes import is_placed
 
-    model = tmp_path / "code"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    file = model / "model.safetensors"
-    save_file({"w": np.ones((4, 4), np.float32)}, file)
+    file = write_model(tmp_path / "code")
+    model = file.parent
     elsewhere = frozenset({"f" * 56})
     pool = make(1, models={"code": ModelRef(path=str(model))})
     supervisor = pool._supervisor
@@ -192,6 +199,24 @@ def test_a_worker_that_has_room_already_is_not_started_anew_when_a_node_may_be_u
         look_until(lambda: supervisor._avoided == frozenset())
         assert list(supervisor._slots.values()) == [slot]
     look_until(lambda: slot.up)
+
+
+def test_what_a_node_says_of_its_copies_until_the_end_is_told_and_noted(ray_session: Session, tmp_path: Path) -> None:
+    import ray
+
+    model = write_model(tmp_path / "code").parent
+    models = {"code": ModelRef(path=str(model))}
+    with_model = replace(plan(tmp_path), models=models)
+    notes = tmp_path / "copied.jsonl"
+    sender = Sender(with_model, shard_refs(models), "copy", own=True, identity=identity(), notes=notes)
+    sender.news()  # asks, and does not wait
+    ray.wait([sender._asked], timeout=60)
+    copied = Copied("there", "abcd", 7, 0.5, "/cache")
+    event = {"node": "there", "node_id": "abcd", "total": 7, "state": "ended", "moved": 7, "seconds": 0.5}
+    ray.get(sender.handle.tell.remote({**event, "folder": "/cache"}))
+    (line,) = sender.close()
+    assert line.startswith("node there: copied ")
+    assert read_copied(notes) == [copied]
 
 
 def test_what_a_worker_returns_is_looked_at_before_it_is_told(make: Callable[..., RayPool]) -> None:
