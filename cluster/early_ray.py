@@ -36,6 +36,7 @@ def early_ray(cpus: int, with_gpus: bool) -> Iterator[Callable[[], None]]:
         if local_ray.offered(start.taken):
             with contextlib.suppress(MeiosisError, OSError):  # that it did not start, either, nobody needs to know
                 local_ray.open_session(None).close()
+            local_ray.withdraw(start.taken)  # one that failed must not fail the next command of this process
 
 
 class _Start:

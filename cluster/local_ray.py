@@ -116,6 +116,13 @@ def offered(take: Callable[[Path | None], Session]) -> bool:
     return _offered == take
 
 
+def withdraw(take: Callable[[Path | None], Session]) -> None:
+    """Take back an offer that was not taken up."""
+    global _offered  # noqa: PLW0603 - Ray is one per process as well
+    if offered(take):
+        _offered = None
+
+
 def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False, log: Path | None = None) -> Session:
     """Ray for this process: what it has already, or that at `address`, or a new one on this machine.
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from worker_bodies import OwnError, job, plan, starts
 
 from cluster import local_ray
+from cluster.early_ray import early_ray
 from cluster.local_ray import _make_folder, open_session
 from cluster.node_memory import cluster_nodes
 from cluster.pool import MOMENT_SECONDS, RayPool
@@ -368,6 +369,30 @@ def test_an_address_is_not_passed_over_where_the_program_that_uses_us_has_anothe
         theirs = open_session(address)
         assert (theirs.address, theirs.own) == (ray_session.address, False)
         theirs.close()
+
+
+def test_a_ray_that_did_not_start_early_does_not_fail_the_next_command_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = iter(["no room on the disk", "a second fault"])
+
+    def start_ray(*_: object) -> None:
+        raise WorkerError(next(started))
+
+    monkeypatch.setattr(local_ray, "start_ray", start_ray)
+    monkeypatch.setattr(local_ray, "_session", None)
+    monkeypatch.setattr(local_ray, "_offered", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+    def command() -> None:
+        with early_ray(1, False) as begin:
+            begin()
+            open_session(None)
+
+    with pytest.raises(WorkerError, match="no room on the disk"):
+        command()
+    with pytest.raises(WorkerError, match="a second fault"):
+        open_session(None)
 
 
 @pytest.mark.parametrize(("gpus", "slots"), [(0.6, 2), (0.5, 4), (1, 2), (2, 1)])
