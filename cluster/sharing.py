@@ -48,7 +48,8 @@ class Shared:
         if self.share is None:
             return "has the cluster to itself again"
         if self.share == 0:
-            return f"waits: {runs} share all room on the cluster; it goes on when one ends or a node joins"
+            have = "has" if len(self.others) == 1 else "share"
+            return f"waits: {runs} {have} all room on the cluster; it goes on when one ends or a node joins"
         return f"shares the cluster with {runs}: {self.share} of {wanted} workers"
 
 

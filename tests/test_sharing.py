@@ -275,6 +275,13 @@ def test_runs_share_what_strangers_leave_and_take_it_when_they_go(seconds: int) 
     assert cluster.counts() == [4, 4]
 
 
+def test_what_is_told_of_other_runs_counts_them() -> None:
+    one, two = ("a of ann@one",), ("a of ann@one", "b of bob@two")
+    assert Shared(0, one).line(4).startswith("waits: 1 other run has all room on the cluster; it goes on when")
+    assert Shared(0, two).line(4).startswith("waits: 2 other runs share all room on the cluster; it goes on when")
+    assert Shared(2, one).line(4) == "shares the cluster with 1 other run: 2 of 4 workers"
+
+
 def test_pools_without_others_meet_nobody_and_say_nothing() -> None:
     said: list[str] = []
     alone = Sharing(None, Need(), 5, "run", said.append)
