@@ -27,7 +27,7 @@ from search.pool import WorkerPlan
 
 START_SECONDS = 300.0
 """Time for a worker's process to come up, where it does not have to wait for room."""
-BUILD_SECONDS = 900.0
+BUILD_SECONDS = 3600.0
 """Time for a worker to load its models and evaluators."""
 
 Phase = Literal["starting", "building", "idle", "checking", "working", "doubted", "gone"]

@@ -60,6 +60,9 @@ if ((others > 0)); then
 fi
 
 if [ -e "$results/$name/run.yaml" ]; then
+  if (($# > 2)); then
+    echo "$name goes on with the options of its start; without effect here: ${*:3}" >&2
+  fi
   meiosis resume "$name" --results "$results" --address "$head_ip:$port" &
 else
   meiosis search "$config" --run "$name" --set results="$results" --address "$head_ip:$port" "${@:3}" &
