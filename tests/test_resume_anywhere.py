@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import yaml
 from command_line import ROOT, Ended, meiosis, short, write_config
 from family import DOMAINS, config_of
 
+from search import relocate
 from search.budget import Used
+from search.errors import UserError
 from search.finals import Verdict
+from search.relocate import Places, relocated
 from search.store.events import Ask, End, Event, LimitReached, Trial
 from search.store.history import History, digest
 from search.store.sessions import Sessions
@@ -250,6 +254,35 @@ def test_a_model_whose_files_changed_is_taken_from_where_it_is_unchanged(
     one_line(meiosis("resume", run), "model 'english'", "is not the one", "--models DIR", status=1)
     assert meiosis("resume", run, "--models", family).status == 0
     assert digest(events(run)) == digest(events(undisturbed))
+
+
+def test_text_that_only_begins_like_a_path_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    models = {"base": str(tmp_path / "base"), "sources": {"a": str(tmp_path / "a")}}
+    speed = {
+        "use": "python",
+        "function": f"{tmp_path}/then/score.py:score",
+        "metrics": {"tokens": {"unit": "/s", "help": "/what/is/this"}},
+        "data": f"{tmp_path}/then/items.jsonl",
+    }
+    manifest = {
+        "config": {"models": models, "evaluators": {"speed": speed}},
+        "models": {"base": {"sha256": ""}, "a": {"sha256": ""}},
+    }
+    now = tmp_path / "now"
+    (now / "s").mkdir(parents=True)
+    places = Places((now,), tmp_path, tmp_path)
+    monkeypatch.setattr(relocate, "_sha256", lambda *_: "")
+    with pytest.raises(UserError, match=r"score.py is gone.*--data DIR"):
+        relocated(manifest, "run.yaml", replace(places, named=()))
+    (now / "score.py").touch()
+    with pytest.raises(UserError, match=r"evaluators.speed.data: .*items.jsonl is gone.*--data DIR"):
+        relocated(manifest, "run.yaml", places)
+    (now / "items.jsonl").touch()
+    assert relocated(manifest, "run.yaml", places)["evaluators"] == {
+        "speed": speed | {"function": f"{now}/score.py:score", "data": f"{now}/items.jsonl"}
+    }
 
 
 def test_a_hub_model_is_found_in_the_cache_of_another_machine(
