@@ -70,7 +70,8 @@ class LimitsConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="hours that workers spend on candidates, times the GPUs of a worker; worker-hours without GPUs",
+        description="hours that workers spend on candidates, lost attempts included, times the GPUs of a worker; "
+        "worker-hours without GPUs",
     )
     wall_clock: WallClock = Field(
         None, description="time of the search over all resumes, without the finals: 8h, 30m, 1h30m, 2d"
@@ -185,10 +186,13 @@ def _work(ask: Ask) -> str:
 
 
 def gpu_seconds_of(trial: Trial, gpus_per_worker: float) -> float:
-    """What a trial of the search used of `gpu_hours`; finals are not counted."""
+    """What a trial of the search used of `gpu_hours`; finals are not counted.
+
+    Attempts that were lost with their worker are taken to have lasted as long as the last one, which alone is recorded.
+    """
     if trial.items != "search":
         return 0.0
-    return (trial.merge_seconds + trial.evaluate_seconds) * (gpus_per_worker or 1.0)
+    return (trial.merge_seconds + trial.evaluate_seconds) * trial.attempts * (gpus_per_worker or 1.0)
 
 
 class Spending:

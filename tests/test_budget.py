@@ -202,8 +202,13 @@ def test_gpu_hours_are_those_of_trials_on_the_workers_that_ran_them(tmp_path: Pa
         assert spending.reached(0) is None
         spending.told(replace(hour, items="certify"))
         assert spending.reached(0) is None, "finals come on top"
+        spending.told(replace(hour, merge_seconds=0.0, evaluate_seconds=0.0, attempts=0))  # a copy of another's result
+        assert spending.reached(0) is None
         spending.told(hour)
         assert spending.reached(0) == LimitReached("gpu_hours", hours)
+        spending = Spending(Budget(None, gpu_hours=hours), gpus_per_worker=gpus)
+        spending.told(Trial(0, "search", evaluate_seconds=1800.0, failure_kind="timeout", attempts=2))
+        assert spending.reached(0) == LimitReached("gpu_hours", hours), "hung twice for half an hour"
     sessions = Sessions(tmp_path / "sessions.json")
     sessions.all = [
         Session("", "here", 0, "ray", 2, 4.0, "cuda", search_seconds=10.0),
