@@ -238,10 +238,11 @@ class Spending:
         return None
 
 
-def refuse_useless(budget: Budget, used: Used, ended: bool) -> None:
+def refuse_useless(budget: Budget, used: Used, ended: bool, items: int = 1) -> None:
     """Raise `UserError` when a changed budget allows no more than was used already.
 
     Args:
+        items: search items of a candidate.
         ended: whether the search was over: then there must be room for one more candidate.
     """
     if budget.candidates is not None:
@@ -257,11 +258,13 @@ def refuse_useless(budget: Budget, used: Used, ended: bool) -> None:
         "wall-clock": (budget.wall_clock, used.wall_clock, duration(round(used.wall_clock, 1))),
     }
     for name, (allowed, amount, said) in spent.items():
-        if allowed is None or allowed > amount:
+        more = items if ended and name == "item-evaluations" else 0
+        if allowed is None or (allowed > amount and allowed >= amount + more):
             continue
         raise UserError(
             f"the run has used {said} of --{name} already, and its limit would be "
-            f"{duration(allowed) if name == 'wall-clock' else f'{allowed:g}'}; give more with --{name}, or `none`"
+            f"{duration(allowed) if name == 'wall-clock' else f'{allowed:,.10g}'}; "
+            f"give {f'at least {amount + more:,}' if more else 'more'} with --{name}, or `none`"
         )
 
 

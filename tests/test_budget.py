@@ -265,11 +265,12 @@ def test_what_is_no_time_is_refused(text: object) -> None:
         ({"budget": 40, "wall_clock": "1h"}, True, "has used 2h of --wall-clock already"),
         ({"budget": 40, "gpu_hours": 1}, True, "has used 1.5 of --gpu-hours already"),
         ({"budget": 40, "item_evaluations": 600}, False, "has used 600 of --item-evaluations already"),
+        ({"budget": 40, "item_evaluations": 619}, True, "would be 619; give at least 620 with --item-evaluations"),
     ],
 )
 def test_a_budget_that_allows_nothing_more_is_refused(changes: dict[str, object], ended: bool, said: str) -> None:
     used = Used(candidates=30, item_evaluations=600, gpu_hours=1.5, wall_clock=7200)
     with pytest.raises(UserError) as refused:
-        refuse_useless(Budget(30).changed(changes), used, ended)
+        refuse_useless(Budget(30).changed(changes), used, ended, ITEMS)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)

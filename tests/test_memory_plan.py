@@ -143,9 +143,10 @@ def test_plan_names_what_a_node_needs_and_refuses_what_does_not_fit(family: Path
     assert "9999 workers would need" in line
     most = int(line.partition("set cluster.workers to at most ")[2].split()[0])
     assert abs(most - node["free"] // needed) <= 0.2 * most + 1
-    search = meiosis("search", config, "--run", "refused", *too_many)
-    assert (search.status, search.out) == (2, "")
-    assert "set cluster.workers to at most" in search.err
+    for command in ("search", "baselines"):
+        search = meiosis(command, config, "--run", "refused", *too_many)
+        assert (search.status, search.out) == (2, "")
+        assert "set cluster.workers to at most" in search.err
     assert not (tmp_path / "runs").exists(), "nothing was begun"
     assert meiosis("plan", config, *too_many, "--set", "cluster.check_memory=false").status == 0
 

@@ -155,6 +155,8 @@ def test_time_ends_a_search_and_the_finals_still_run(family: Path, tmp_path: Pat
 def test_item_evaluations_below_the_parents_are_refused(family: Path, tmp_path: Path) -> None:
     path = write_config(short(config_of(family, tmp_path / "runs")), tmp_path)
     one_line(meiosis("plan", path, "--set", "search.limits.item_evaluations=30"), "item_evaluations", "too small")
+    one_line(meiosis("search", path, "--item-evaluations", "3,0"), "item_evaluations", "30 is too small")
+    one_line(meiosis("search", path, "--gpu-hours", "x"), "search.limits.gpu_hours")
     one_line(meiosis("plan", path, "--set", "search.limits.wall_clok=3h"), "did you mean 'wall_clock'?")
     one_line(meiosis("plan", path, "--set", "search.limits.wall_clock=3"), "3 is no time")
 
