@@ -20,6 +20,7 @@ from search import relocate
 from search.budget import Used
 from search.errors import UserError
 from search.finals import Verdict
+from search.manifest import changed_versions, versions
 from search.relocate import Places, relocated
 from search.store.events import Ask, End, Event, LimitReached, Trial
 from search.store.history import History, digest
@@ -337,21 +338,29 @@ def test_a_run_of_one_process_goes_on_with_ray_and_the_other_way_round(
 def test_other_versions_are_said_with_what_they_mean(project: Path) -> None:
     path = project / "runs" / "run" / "run.yaml"
     manifest = yaml.safe_load(path.read_text())
-    manifest["versions"] |= {"nevergrad": "0.9", "torch": "1.0", "ray": "2.0"}
+    manifest["versions"] |= {"cma": "0.9", "torch": "1.0", "ray": "2.0"}
     manifest["machine"] |= {"processor": "pdp11", "device": "cuda"}
     path.write_text(yaml.safe_dump(manifest, sort_keys=False))
     ended = meiosis("resume", path.parent)
     assert ended.status == 0, ended.err
-    lines = {
-        name: next(line for line in ended.err.splitlines() if f" {name}" in line) for name in ("nevergrad", "torch")
-    }
-    assert "nevergrad 0.9, now it is" in lines["nevergrad"]
-    assert "compared ask by ask" in lines["nevergrad"]
+    lines = {name: next(line for line in ended.err.splitlines() if f" {name}" in line) for name in ("cma", "torch")}
+    assert "cma 0.9, now it is" in lines["cma"]
+    assert "compared ask by ask" in lines["cma"]
     assert "last bits" in lines["torch"]
     assert "ray 2.0" in ended.err
     assert "changes nothing that is recorded" in ended.err
     assert "processor of kind pdp11" in ended.err
     assert "on cuda, now on cpu" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"), [("TwoPointsDE", "proposes may differ"), ("diagonal_cma", "changes nothing")]
+)
+def test_another_nevergrad_means_something_where_it_proposes(optimizer: str, said: str) -> None:
+    config = {"search": {"optimizer": {"name": optimizer}}}
+    (line,) = changed_versions({"config": config, "versions": versions() | {"nevergrad": "0.9"}})
+    assert line.startswith("the run started with nevergrad 0.9, now it is")
+    assert said in line
 
 
 # A full disk
