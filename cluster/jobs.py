@@ -32,7 +32,8 @@ class Entry:
         left: node -> why the worker that had the job there is gone; it is tried on other nodes.
         failed_first: the outcome that is not believed before another worker has tried.
         submitted: when it was, in monotonic seconds.
-        circumstances: what the history tells of the last attempt: `node`, `started_at`, `queue_seconds`, `bytes_moved`.
+        circumstances: what the history tells of the last attempt: `node`, `started_at`, `queue_seconds`, `bytes_moved`,
+            and `evaluate_seconds` of one that was lost, of which nobody else can tell.
     """
 
     order: int
@@ -56,6 +57,11 @@ class Entry:
             "queue_seconds": time.monotonic() - self.submitted,
             "bytes_moved": moved,
         }
+
+    def lost(self) -> None:
+        """Note that the worker of the attempt is gone: its time was spent all the same."""
+        waited = time.monotonic() - self.submitted
+        self.circumstances["evaluate_seconds"] = max(0.0, waited - self.circumstances["queue_seconds"])
 
     def returned(self, message_bytes: int) -> None:
         """Note that an answer of so many bytes came."""

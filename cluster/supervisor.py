@@ -462,6 +462,7 @@ class Supervisor:
             raise error
 
     def _retry_or_fail(self, entry: Entry, slot: Slot, why: str, kind: FailureKind) -> None:
+        entry.lost()
         entry.lost_on.append("" if kind == "timeout" else slot.node)
         entry.left[slot.node] = why
         if kind == "error":

@@ -160,7 +160,7 @@ class Evaluator(ABC):
         A worker on a node that does not see them gets copies, and options that name these instead. By default
         all paths among the options; whoever reads a file that no option of type `Path` names overrides this.
         """
-        return tuple(dict.fromkeys(_paths_in(self.options)))
+        return tuple(dict.fromkeys(paths_in(self.options)))
 
     @abstractmethod
     def prepare(self, context: Context) -> None:
@@ -219,18 +219,19 @@ class Evaluator(ABC):
         return {name: float((scores.values[name] * scores.weights).sum()) / total for name in per_item}
 
 
-def _paths_in(value: object) -> Iterator[Path]:
+def paths_in(value: object) -> Iterator[Path]:
+    """Every path among options, however deep."""
     if isinstance(value, Path):
         yield value
     elif isinstance(value, BaseModel):
         for _, part in value:
-            yield from _paths_in(part)
+            yield from paths_in(part)
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _paths_in(part)
+            yield from paths_in(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _paths_in(part)
+            yield from paths_in(part)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ class LimitsConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="hours that workers spend on candidates, times the GPUs of a worker; worker-hours without GPUs",
+        description="hours that workers spend on candidates, lost attempts included, times the GPUs of a worker; "
+        "worker-hours without GPUs",
     )
     wall_clock: WallClock = Field(
         None, description="time of the search over all resumes, without the finals: 8h, 30m, 1h30m, 2d"
@@ -185,10 +186,13 @@ def _work(ask: Ask) -> str:
 
 
 def gpu_seconds_of(trial: Trial, gpus_per_worker: float) -> float:
-    """What a trial of the search used of `gpu_hours`; finals are not counted."""
+    """What a trial of the search used of `gpu_hours`; finals are not counted.
+
+    Attempts that were lost with their worker are taken to have lasted as long as the last one, which alone is recorded.
+    """
     if trial.items != "search":
         return 0.0
-    return (trial.merge_seconds + trial.evaluate_seconds) * (gpus_per_worker or 1.0)
+    return (trial.merge_seconds + trial.evaluate_seconds) * trial.attempts * (gpus_per_worker or 1.0)
 
 
 class Spending:
@@ -234,10 +238,11 @@ class Spending:
         return None
 
 
-def refuse_useless(budget: Budget, used: Used, ended: bool) -> None:
+def refuse_useless(budget: Budget, used: Used, ended: bool, items: int = 1) -> None:
     """Raise `UserError` when a changed budget allows no more than was used already.
 
     Args:
+        items: search items of a candidate.
         ended: whether the search was over: then there must be room for one more candidate.
     """
     if budget.candidates is not None:
@@ -253,11 +258,13 @@ def refuse_useless(budget: Budget, used: Used, ended: bool) -> None:
         "wall-clock": (budget.wall_clock, used.wall_clock, duration(round(used.wall_clock, 1))),
     }
     for name, (allowed, amount, said) in spent.items():
-        if allowed is None or allowed > amount:
+        more = items if ended and name == "item-evaluations" else 0
+        if allowed is None or (allowed > amount and allowed >= amount + more):
             continue
         raise UserError(
             f"the run has used {said} of --{name} already, and its limit would be "
-            f"{duration(allowed) if name == 'wall-clock' else f'{allowed:g}'}; give more with --{name}, or `none`"
+            f"{duration(allowed) if name == 'wall-clock' else f'{allowed:,.10g}'}; "
+            f"give {f'at least {amount + more:,}' if more else 'more'} with --{name}, or `none`"
         )
 
 

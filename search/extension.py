@@ -43,7 +43,8 @@ def extend(
     if after == before:
         return before, None
     ended = end_in_force(events) is not None or limit_in_force(events) is not None
-    refuse_useless(after, Used.of(events, sessions, items_per_candidate(setup)), ended)
+    items = items_per_candidate(setup)
+    refuse_useless(after, Used.of(events, sessions, items), ended, items)
     if end_in_force(events) is not None:
         report(
             "the run goes on from its end; its verdict stays in the history, the model is replaced when a new one is"

@@ -158,6 +158,7 @@ class LocalPool:
     def cancel(self, key: tuple[int, ItemPool]) -> None:
         """Forget a job."""
         self._queue = deque(job for job in self._queue if job.key != key)
+        self._submitted.pop(key, None)
 
     def close(self) -> None:
         """Let go of the body, and with it of the model."""

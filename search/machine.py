@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,3 +63,23 @@ def make_probe() -> Probe:
         return {"name": socket.gethostname(), "memory": memory, "gpus": gpus, "lacks": lacks}
 
     return probe
+
+
+def visible_gpus(gpus: Sequence[int]) -> tuple[int, ...]:
+    """Of all GPUs here those that CUDA_VISIBLE_DEVICES leaves to this process and to the Ray that it starts.
+
+    None where it names them otherwise than by number: which they are is not known then.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return tuple(gpus)
+    numbers = [text.strip() for text in named.split(",")]
+    if not all(number.isdigit() and int(number) < len(gpus) for number in numbers):
+        return ()
+    return tuple(gpus[int(number)] for number in numbers)
+
+
+def gpus_are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves no GPU to this process."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named is not None and named.partition(",")[0].strip() in ("", "-1")

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from search.errors import RunError
+from search.optimizer import OPTIMIZERS
 from search.setup import Setup, has_gpu, window
 from search.store.run_folder import RunFolder
 
@@ -57,7 +58,7 @@ def read_manifest(folder: RunFolder) -> dict[str, Any]:
 
 _BITS = "scores and merged weights may differ in their last bits from what this run recorded before"
 _ASKS = (
-    "what the optimiser proposes may differ; what is recorded was compared ask by ask before the run goes on, new "
+    "what the optimiser proposes may differ; what is recorded is compared ask by ask before the run goes on, new "
     "candidates may be others than without the change"
 )
 _NOTHING = "this changes nothing that is recorded"
@@ -78,10 +79,13 @@ _CONSEQUENCE = {
 
 def changed_versions(manifest: dict[str, Any]) -> Iterable[str]:
     """A line for every package and part of the machine that is not what the run started with, and what it means."""
+    ours = manifest["config"]["search"]["optimizer"]["name"] in OPTIMIZERS.names()
+    unused = {"nevergrad"} if ours else set()
     for name, now in versions().items():
         then = manifest["versions"].get(name)
         if then != now:
-            yield f"the run started with {name} {then}, now it is {now}: {_CONSEQUENCE.get(name, _BITS)}"
+            meaning = _NOTHING if name in unused else _CONSEQUENCE.get(name, _BITS)
+            yield f"the run started with {name} {then}, now it is {now}: {meaning}"
     then, now = manifest.get("machine", {}).get("processor"), platform.machine()
     if then is not None and then != now:
         yield f"the run started on a processor of kind {then}, this one is {now}: {_BITS}"

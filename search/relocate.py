@@ -14,6 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from evaluators.base import paths_in
+from evaluators.registry import EVALUATORS
 from search.checkpoints.fingerprint import fingerprint
 from search.checkpoints.model_folder import find_model_folder
 from search.checkpoints.reading import ADAPTER_CONFIG, Checkpoint, open_checkpoint
@@ -70,7 +74,7 @@ def relocated(manifest: Mapping[str, Any], where: str, places: Places) -> dict[s
     }
     config["models"] = models
     config["evaluators"] = {
-        name: _all_paths(options, places, f"{where}: evaluators.{name}")
+        name: _all_paths(options, places, f"{where}: evaluators.{name}", _known_paths(options))
         for name, options in config["evaluators"].items()
     }
     return config
@@ -156,22 +160,48 @@ def _model_folders(place: Path) -> list[Path]:
     return list(dict.fromkeys(found))[:MOST_FOLDERS]
 
 
-def _all_paths(value: Any, places: Places, key: str) -> Any:
-    """Options of an evaluator with every absolute path that is gone replaced."""
+def _known_paths(options: Mapping[str, Any]) -> frozenset[str] | None:
+    """Which of an evaluator's options are paths by their type; None where its options do not tell."""
+    rest = {name: value for name, value in options.items() if name != "use"}
+    try:
+        return frozenset(map(str, paths_in(EVALUATORS.get(options["use"]).Options.model_validate(rest))))
+    except (UserError, ValidationError):
+        return None  # what is wrong with them is told by whoever makes the evaluator
+
+
+def _all_paths(value: Any, places: Places, key: str, known: frozenset[str] | None) -> Any:
+    """Options of an evaluator with every absolute path that is gone replaced.
+
+    Text that only looks like a path, such as the unit `/s`, stays as it is where nothing of that name is found.
+    """
     if isinstance(value, Mapping):
-        return {name: _all_paths(inner, places, f"{key}.{name}") for name, inner in value.items()}
+        return {name: _all_paths(inner, places, f"{key}.{name}", known) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_all_paths(inner, places, key) for inner in value]
+        return [_all_paths(inner, places, key, known) for inner in value]
     if not isinstance(value, str) or not value.startswith("/"):
         return value
     file, colon, function = value.rpartition(":")
     if colon and file.endswith(".py"):
         return f"{_data(file, places, key)}:{function}"
-    return _data(value, places, key)
+    if known is None or value in known:
+        return _data(value, places, key)
+    found = _found(value, places) if len(Path(value).parts) > 2 else None
+    return found or value
 
 
 def _data(path: str, places: Places, key: str) -> str:
-    """A file or folder of data: at its path, moved along with the run, or by the end of its path in a named place."""
+    """A file or folder of data, see `_found`."""
+    found = _found(path, places)
+    if found is None:
+        raise UserError(
+            f"{key}: {path} is gone, and nothing of that name was found (looked in: {places}); give the folder that "
+            "has it with --data DIR"
+        )
+    return found
+
+
+def _found(path: str, places: Places) -> str | None:
+    """A file or folder: at its path, moved along with the run, or by the end of its path in a named place."""
     if Path(path).exists():
         return path
     parts = Path(path).parts[1:]
@@ -180,9 +210,6 @@ def _data(path: str, places: Places, key: str) -> str:
     tries += [folder / end for end in ends[-2:] for place in places.named for folder in sorted(place.glob("*/"))]
     found = next((candidate for candidate in tries if candidate.exists()), None)
     if found is None:
-        raise UserError(
-            f"{key}: {path} is gone, and nothing of that name was found (looked in: {places}); give the folder that "
-            "has it with --data DIR"
-        )
+        return None
     places.report(f"{path} is gone; taking {found}")
     return str(found)

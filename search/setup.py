@@ -21,6 +21,7 @@ from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.checkpoints.view import require_model
 from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
+from search.machine import gpus_are_hidden
 from search.memory import needs_of
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
@@ -230,8 +231,9 @@ def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _
 
 
 def has_gpu() -> bool:
-    """Whether a GPU driver of NVIDIA or AMD is there, also in WSL; torch, which knows better, takes seconds."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    """Whether a GPU driver of NVIDIA or AMD is there, also in WSL, and not hidden; torch knows better, in seconds."""
+    there = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    return there and not gpus_are_hidden()
 
 
 def check_evaluators(loaded: LoadedConfig, model: Checkpoint) -> dict[str, Evaluator]:

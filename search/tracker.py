@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from evaluators.base import ItemPool
 from evaluators.registry import Registry
 from search.errors import UserError
+from search.store.atomic import write_atomic
 
 if TYPE_CHECKING:
     from search.config import LoadedConfig, TrackerConfig
@@ -41,9 +42,11 @@ class TrackedRun:
     def remembered(self, make: Any) -> str:
         """An identifier for this run: made by `make()` the first time, the same after a resume."""
         path = self.folder / "id"
-        if not path.exists():
-            path.write_text(str(make()))
-        return path.read_text()
+        known = path.read_text() if path.exists() else ""
+        if not known:
+            known = str(make())
+            write_atomic(path, known.encode())
+        return known
 
 
 @dataclass(frozen=True)

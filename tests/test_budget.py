@@ -202,8 +202,13 @@ def test_gpu_hours_are_those_of_trials_on_the_workers_that_ran_them(tmp_path: Pa
         assert spending.reached(0) is None
         spending.told(replace(hour, items="certify"))
         assert spending.reached(0) is None, "finals come on top"
+        spending.told(replace(hour, merge_seconds=0.0, evaluate_seconds=0.0, attempts=0))  # a copy of another's result
+        assert spending.reached(0) is None
         spending.told(hour)
         assert spending.reached(0) == LimitReached("gpu_hours", hours)
+        spending = Spending(Budget(None, gpu_hours=hours), gpus_per_worker=gpus)
+        spending.told(Trial(0, "search", evaluate_seconds=1800.0, failure_kind="timeout", attempts=2))
+        assert spending.reached(0) == LimitReached("gpu_hours", hours), "hung twice for half an hour"
     sessions = Sessions(tmp_path / "sessions.json")
     sessions.all = [
         Session("", "here", 0, "ray", 2, 4.0, "cuda", search_seconds=10.0),
@@ -260,11 +265,12 @@ def test_what_is_no_time_is_refused(text: object) -> None:
         ({"budget": 40, "wall_clock": "1h"}, True, "has used 2h of --wall-clock already"),
         ({"budget": 40, "gpu_hours": 1}, True, "has used 1.5 of --gpu-hours already"),
         ({"budget": 40, "item_evaluations": 600}, False, "has used 600 of --item-evaluations already"),
+        ({"budget": 40, "item_evaluations": 619}, True, "would be 619; give at least 620 with --item-evaluations"),
     ],
 )
 def test_a_budget_that_allows_nothing_more_is_refused(changes: dict[str, object], ended: bool, said: str) -> None:
     used = Used(candidates=30, item_evaluations=600, gpu_hours=1.5, wall_clock=7200)
     with pytest.raises(UserError) as refused:
-        refuse_useless(Budget(30).changed(changes), used, ended)
+        refuse_useless(Budget(30).changed(changes), used, ended, ITEMS)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -191,7 +191,7 @@ def test_plan_and_evaluate_for_people_name_what_they_looked_at(config: Path, fam
         (["search", "CONFIG", "--set", "search.budgt=3"], ["search.budgt", "did you mean 'budget'?"]),
         (["search", "CONFIG", "--budget", "0"], ["search.budget", "greater than or equal to 1"]),
         (["search", "CONFIG", "--run", "../escape"], ["'../escape'", "no name for a run"]),
-        (["search", "CONFIG", "--run", "first"], ["'first' already exists", "meiosis resume first"]),
+        (["search", "CONFIG", "--run", "first"], ["'first' already exists", "/first` or choose another"]),
         (["resume", "frist", "--results", "RESULTS"], ["no run 'frist'", "did you mean 'first'?"]),
         (["status", "frist", "--results", "RESULTS"], ["no run 'frist'", "did you mean 'first'?"]),
         (["export", "frist", "out", "--results", "RESULTS"], ["no run 'frist'", "did you mean 'first'?"]),

@@ -19,7 +19,7 @@ from cluster.shards import warm
 from meiosis.cli.memory import lines
 from search.config import load_config
 from search.errors import ConfigError, UserError
-from search.machine import make_probe
+from search.machine import gpus_are_hidden, make_probe, visible_gpus
 from search.memory import (
     CUDA_CONTEXT_BYTES,
     LIBRARY_BYTES,
@@ -33,7 +33,7 @@ from search.memory import (
     plan_memory,
 )
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
-from search.setup import check
+from search.setup import check, has_gpu
 
 GIB = 2**30
 NEEDS = Needs(sources=40 * GIB, live=14 * GIB, activations=GIB, merging=GIB, learning=0, on_gpu=False)
@@ -124,6 +124,30 @@ def config_file(family: Path, folder: Path, **cluster: Any) -> Path:
     return write_config(short(config), folder)
 
 
+@pytest.mark.parametrize(
+    ("named", "seen", "hidden"),
+    [
+        (None, (10, 20, 30), False),
+        ("2", (30,), False),
+        ("2, 0", (30, 10), False),
+        ("", (), True),
+        ("-1", (), True),
+        ("GPU-8932f937", (), False),
+        ("7", (), False),
+    ],
+)
+def test_a_gpu_that_is_not_ours_to_use_is_not_planned_with(
+    named: str | None, seen: tuple[int, ...], hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a host may be full of somebody else's work."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus((10, 20, 30)) == seen
+    assert gpus_are_hidden() == hidden
+    assert not (hidden and has_gpu())
+
+
 def test_plan_names_what_a_node_needs_and_refuses_what_does_not_fit(family: Path, tmp_path: Path) -> None:
     config = config_file(family, tmp_path, pool="ray")
     plan = meiosis("plan", config)
@@ -143,9 +167,10 @@ def test_plan_names_what_a_node_needs_and_refuses_what_does_not_fit(family: Path
     assert "9999 workers would need" in line
     most = int(line.partition("set cluster.workers to at most ")[2].split()[0])
     assert abs(most - node["free"] // needed) <= 0.2 * most + 1
-    search = meiosis("search", config, "--run", "refused", *too_many)
-    assert (search.status, search.out) == (2, "")
-    assert "set cluster.workers to at most" in search.err
+    for command in ("search", "baselines"):
+        search = meiosis(command, config, "--run", "refused", *too_many)
+        assert (search.status, search.out) == (2, "")
+        assert "set cluster.workers to at most" in search.err
     assert not (tmp_path / "runs").exists(), "nothing was begun"
     assert meiosis("plan", config, *too_many, "--set", "cluster.check_memory=false").status == 0
 
@@ -198,7 +223,7 @@ import sys
 from pathlib import Path
 from search.config import load_config
 from search.evaluation import Evaluation
-from search.setup import check
+from search.setup import check, has_gpu
 
 def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))

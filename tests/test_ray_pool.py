@@ -199,6 +199,8 @@ def test_failures_of_every_kind_stay_with_their_candidate(make: Callable[..., Ra
     overdue = outcomes[4].failure
     assert overdue is not None
     assert overdue.message == "took down 2 workers, the last time: not done after 3 s"
+    assert 3.0 <= outcomes[4].evaluate_seconds < 60, "the time of the attempt that was lost counts"
+    assert outcomes[1].evaluate_seconds > 0
     unsent = outcomes[8].failure
     assert unsent is not None
     assert unsent.message.startswith("the outcome cannot be sent to the driver: ")

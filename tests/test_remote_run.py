@@ -21,6 +21,7 @@ from search.store.events import Trial
 from search.store.history import History, digest
 from search.store.remote import DRIVER, Mirror, Store, download_run, mirrored
 from search.store.remote_run import fetch, working_root
+from search.store.run_folder import RunFolder
 from search.store.spool import Spool
 
 
@@ -240,6 +241,109 @@ def test_two_drivers_on_one_url_are_refused_until_the_first_is_silent(tmp_path: 
         assert json.loads(store.read(DRIVER) or b"")["host"] != "elsewhere"
 
 
+def test_errors_of_any_kind_of_store_are_told_and_do_not_end_the_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = pytest.importorskip("fsspec.implementations.memory")
+
+    class HttpError(Exception):
+        """As that of gcsfs, which is no OSError."""
+
+    down = threading.Event()
+
+    class Moody(memory.MemoryFileSystem):  # type: ignore[misc,name-defined]  # has no types
+        protocol = "moody"
+
+        def info(self, path: str, **options: Any) -> Any:
+            if down.is_set():
+                raise HttpError("503: come back later")
+            return super().info(path, **options)
+
+        def _open(self, path: str, *args: Any, **options: Any) -> Any:
+            if down.is_set():
+                raise HttpError("503: come back later")
+            return super()._open(path, *args, **options)
+
+    fsspec.register_implementation("moody", Moody, clobber=True)
+    monkeypatch.setattr(remote, "LAG_SECONDS", 0.02)
+    folder, url = tmp_path / "here", f"moody://{tmp_path.name}/there"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("{}")
+    said: list[str] = []
+    with mirrored(folder, url, said.append), open_small(folder / "history") as history:
+        down.set()
+        for one in events(8):
+            history.append(one)
+        limit = time.monotonic() + 60
+        while not said and time.monotonic() < limit:
+            time.sleep(0.01)
+        down.clear()
+        while len(said) < 2 and time.monotonic() < limit:
+            time.sleep(0.01)
+    assert "HttpError: 503" in said[0]
+    assert "works again" in said[1]
+    assert content(url, tmp_path / "copy") == events(8)
+
+
+@pytest.mark.parametrize("owner", [b"{", b"[]", b'{"tok'])
+def test_a_note_of_the_driver_that_cannot_be_read_is_that_of_nobody(owner: bytes, tmp_path: Path) -> None:
+    folder, store = tmp_path / "here", Store.open(f"file://{tmp_path}/there")
+    folder.mkdir()
+    (folder / "run.yaml").write_text("{}")
+    store.write(DRIVER, [owner])
+    with mirrored(folder, store.url, print):
+        assert json.loads(store.read(DRIVER) or b"")["token"]
+
+
+def test_a_driver_is_heard_of_while_it_copies_something_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "BEAT_SECONDS", 0.0)
+    folder, store = tmp_path / "here", Store.open(f"file://{tmp_path}/there")
+    (folder / "best").mkdir(parents=True)
+    (folder / "run.yaml").write_text("{}")
+    (folder / "best" / "meiosis.json").write_text("{}")
+    mirror = Mirror(folder, store)
+    mirror.claim()
+    (before,) = [json.loads(store.read(DRIVER) or b"")["beat"]]
+    mirror.push()
+    assert json.loads(store.read(DRIVER) or b"")["beat"] > before
+    store.write(DRIVER, [json.dumps({"host": "elsewhere", "pid": 7, "token": "x", "beat": time.time()}).encode()])
+    (folder / "best" / "meiosis.json").write_text("other")
+    with pytest.raises(RunError, match="another driver took over"):
+        mirror.push()
+
+
+def test_what_another_machine_added_there_is_not_overwritten_from_an_older_copy(tmp_path: Path) -> None:
+    url, there, here = f"file://{tmp_path}/there", tmp_path / "there", tmp_path / "here"
+
+    def make(folder: Path, count: int, start: int = 0) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "run.yaml").write_text("{}")
+        with open_small(folder / "history") as history:
+            for one in events(count + start, start=start):
+                history.append(one)
+
+    for ours, theirs in ((4, 5), (4, 17), (0, 3)):
+        make(there, theirs)
+        make(here, ours)
+        newer = f"has {theirs - ours} events that .*meiosis resume {url}"
+        with pytest.raises(RunError, match=newer), mirrored(here, url, print):
+            pass
+        assert content(url, tmp_path / "copy") == events(theirs)
+        assert not (there / DRIVER).exists()
+    make(here, 6, start=2)
+    with pytest.raises(RunError, match="went different ways"), mirrored(here, url, print):
+        pass
+    for ours, theirs in ((5, 5), (5, 4), (17, 4), (3, 0)):
+        make(there, theirs)
+        make(here, ours)
+        with mirrored(here, url, print):
+            pass
+        assert content(url, tmp_path / "copy") == events(ours)
+    assert not list(tmp_path.glob(".*"))
+
+
 # Whole runs
 
 
@@ -340,3 +444,5 @@ def test_a_working_copy_that_is_ahead_stays_and_one_that_is_behind_is_replaced(t
     make(here, 6, start=2)
     with pytest.raises(RunError, match="went different ways"):
         fetch(url)
+    with RunFolder(here).lock():  # a driver is at work here: what it has is looked at, whatever is there
+        assert fetch(url).path == here

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ import yaml
 from command_line import ROOT, Ended, meiosis, short, write_config
 from family import DOMAINS, config_of
 
+from search import relocate
 from search.budget import Used
+from search.errors import UserError
 from search.finals import Verdict
+from search.manifest import changed_versions, versions
+from search.relocate import Places, relocated
 from search.store.events import Ask, End, Event, LimitReached, Trial
 from search.store.history import History, digest
 from search.store.sessions import Sessions
@@ -151,6 +156,8 @@ def test_time_ends_a_search_and_the_finals_still_run(family: Path, tmp_path: Pat
 def test_item_evaluations_below_the_parents_are_refused(family: Path, tmp_path: Path) -> None:
     path = write_config(short(config_of(family, tmp_path / "runs")), tmp_path)
     one_line(meiosis("plan", path, "--set", "search.limits.item_evaluations=30"), "item_evaluations", "too small")
+    one_line(meiosis("search", path, "--item-evaluations", "3,0"), "item_evaluations", "30 is too small")
+    one_line(meiosis("search", path, "--gpu-hours", "x"), "search.limits.gpu_hours")
     one_line(meiosis("plan", path, "--set", "search.limits.wall_clok=3h"), "did you mean 'wall_clock'?")
     one_line(meiosis("plan", path, "--set", "search.limits.wall_clock=3"), "3 is no time")
 
@@ -252,6 +259,35 @@ def test_a_model_whose_files_changed_is_taken_from_where_it_is_unchanged(
     assert digest(events(run)) == digest(events(undisturbed))
 
 
+def test_text_that_only_begins_like_a_path_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    models = {"base": str(tmp_path / "base"), "sources": {"a": str(tmp_path / "a")}}
+    speed = {
+        "use": "python",
+        "function": f"{tmp_path}/then/score.py:score",
+        "metrics": {"tokens": {"unit": "/s", "help": "/what/is/this"}},
+        "data": f"{tmp_path}/then/items.jsonl",
+    }
+    manifest = {
+        "config": {"models": models, "evaluators": {"speed": speed}},
+        "models": {"base": {"sha256": ""}, "a": {"sha256": ""}},
+    }
+    now = tmp_path / "now"
+    (now / "s").mkdir(parents=True)
+    places = Places((now,), tmp_path, tmp_path)
+    monkeypatch.setattr(relocate, "_sha256", lambda *_: "")
+    with pytest.raises(UserError, match=r"score.py is gone.*--data DIR"):
+        relocated(manifest, "run.yaml", replace(places, named=()))
+    (now / "score.py").touch()
+    with pytest.raises(UserError, match=r"evaluators.speed.data: .*items.jsonl is gone.*--data DIR"):
+        relocated(manifest, "run.yaml", places)
+    (now / "items.jsonl").touch()
+    assert relocated(manifest, "run.yaml", places)["evaluators"] == {
+        "speed": speed | {"function": f"{now}/score.py:score", "data": f"{now}/items.jsonl"}
+    }
+
+
 def test_a_hub_model_is_found_in_the_cache_of_another_machine(
     family: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,21 +338,29 @@ def test_a_run_of_one_process_goes_on_with_ray_and_the_other_way_round(
 def test_other_versions_are_said_with_what_they_mean(project: Path) -> None:
     path = project / "runs" / "run" / "run.yaml"
     manifest = yaml.safe_load(path.read_text())
-    manifest["versions"] |= {"nevergrad": "0.9", "torch": "1.0", "ray": "2.0"}
+    manifest["versions"] |= {"cma": "0.9", "torch": "1.0", "ray": "2.0"}
     manifest["machine"] |= {"processor": "pdp11", "device": "cuda"}
     path.write_text(yaml.safe_dump(manifest, sort_keys=False))
     ended = meiosis("resume", path.parent)
     assert ended.status == 0, ended.err
-    lines = {
-        name: next(line for line in ended.err.splitlines() if f" {name}" in line) for name in ("nevergrad", "torch")
-    }
-    assert "nevergrad 0.9, now it is" in lines["nevergrad"]
-    assert "compared ask by ask" in lines["nevergrad"]
+    lines = {name: next(line for line in ended.err.splitlines() if f" {name}" in line) for name in ("cma", "torch")}
+    assert "cma 0.9, now it is" in lines["cma"]
+    assert "compared ask by ask" in lines["cma"]
     assert "last bits" in lines["torch"]
     assert "ray 2.0" in ended.err
     assert "changes nothing that is recorded" in ended.err
     assert "processor of kind pdp11" in ended.err
     assert "on cuda, now on cpu" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"), [("TwoPointsDE", "proposes may differ"), ("diagonal_cma", "changes nothing")]
+)
+def test_another_nevergrad_means_something_where_it_proposes(optimizer: str, said: str) -> None:
+    config = {"search": {"optimizer": {"name": optimizer}}}
+    (line,) = changed_versions({"config": config, "versions": versions() | {"nevergrad": "0.9"}})
+    assert line.startswith("the run started with nevergrad 0.9, now it is")
+    assert said in line
 
 
 # A full disk

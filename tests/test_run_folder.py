@@ -49,7 +49,7 @@ def _umask() -> int:
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "first", {"seed": 1})
-    with pytest.raises(UserError, match=r"'first' already exists.*`meiosis resume first` or choose another --run"):
+    with pytest.raises(UserError, match=r"'first' already exists.*`meiosis resume /.*/first` or choose another --run"):
         RunFolder.create(tmp_path, "first", {"seed": 2})
     assert run.manifest() == {"seed": 1}
     (tmp_path / "reference").mkdir()

@@ -16,6 +16,7 @@ from family import config_of
 
 from search.config import TrackerConfig
 from search.store.events import Ask, Trial
+from search.tracker import TrackedRun
 from search.tracking import QUEUED_TRIALS, Tracking
 
 NOTES = "odd_trackers:Notes"
@@ -123,6 +124,13 @@ def test_failures_and_numbers_that_are_none_reach_a_tracker_as_such(tmp_path: Pa
     assert "a.b" not in fine["figures"]
     assert fine["figures"]["a.c"] == 1.0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tracking-odd_trackers:Notes")]
+
+
+def test_a_tracked_run_has_one_identifier_also_after_a_crash_while_it_was_written(tmp_path: Path) -> None:
+    run = TrackedRun("run", tmp_path, {})
+    assert [run.remembered(lambda: 5), run.remembered(lambda: 6)] == ["5", "5"]
+    (tmp_path / "id").write_text("")
+    assert run.remembered(lambda: 7) == "7"
 
 
 def trials() -> list[Trial]:

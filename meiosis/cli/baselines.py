@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, run_command
+from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
 
@@ -55,6 +56,7 @@ def command(
         loaded = load_config(config, (*overrides, *given, "search.baselines_only=true"))
     with early_ray(loaded.config) as start_ray:
         setup = check(loaded, report=note, sound=start_ray)
+        refuse_at_once(setup)
         with Watch(quiet=as_json) as watch:
             finished = start(setup, make_pool, Watcher(watch.line, watch.progress), name)
     show(finished, as_json)

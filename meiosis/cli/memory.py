@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def memory_plan(setup: Setup) -> MemoryPlan:
     """Workers on this machine, or on the cluster that the config names, which is joined and left again."""
-    from search.machine import make_probe
+    from search.machine import make_probe, visible_gpus
     from search.memory import Node, needs_of, plan_memory
     from search.setup import has_gpu
 
@@ -26,8 +26,9 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         found = make_probe()(())
         # Without workers of their own, candidates are evaluated one after the other.
         workers = 1 if cluster.pool == "local" else cluster.workers
-        slots = int(len(found["gpus"]) / gpus + 1e-6) if gpus and found["gpus"] else 1 << 30
-        nodes: tuple[Node, ...] = (Node(found["name"], found["memory"], tuple(found["gpus"]), slots),)
+        seen = visible_gpus(found["gpus"])
+        slots = int(len(seen) / gpus + 1e-6) if gpus and seen else 1 << 30
+        nodes: tuple[Node, ...] = (Node(found["name"], found["memory"], seen, slots),)
         return plan_memory(needs_of(setup, has_gpu=has_gpu()), nodes, workers, gpus)
     from cluster.local_ray import open_session
     from cluster.node_memory import cluster_nodes

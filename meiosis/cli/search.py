@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from meiosis.cli.budget import limit_options
+from meiosis.cli.budget import given, limit_options
 from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, out, print_json, run_command
 from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.watch import Watch
@@ -43,20 +43,17 @@ def command(
 
     Ctrl-C stops cleanly and prints how to resume.
     """
+    import json
+
     from search.config import load_config
     from search.progress import Watcher
     from search.setup import check
 
-    named = {
-        "search.budget": budget,
-        "search.limits.item_evaluations": item_evaluations,
-        "search.limits.gpu_hours": gpu_hours,
-        "search.limits.wall_clock": wall_clock,
-        "cluster.workers": workers,
-        "cluster.address": address,
-    }
-    given = tuple(f"{key}={'null' if value == 'none' else value}" for key, value in named.items() if value is not None)
-    loaded = load_config(config, (*overrides, *given))
+    limits = given({"item_evaluations": item_evaluations, "gpu_hours": gpu_hours, "wall_clock": wall_clock})
+    named = {"search.budget": budget, "cluster.workers": workers, "cluster.address": address}
+    values = {key: None if value == "none" else value for key, value in named.items() if value is not None}
+    values |= {f"search.limits.{key}": value for key, value in limits.items()}
+    loaded = load_config(config, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())))
     with early_ray(loaded.config) as start_ray:
         setup = check(loaded, report=note, sound=start_ray)
         refuse_at_once(setup)

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from search.errors import RunError, UserError
+from search.errors import MeiosisError, RunError, UserError
+from search.store.history import History
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -32,6 +34,8 @@ LAG_SECONDS = 5.0
 """Pause between two copies."""
 STALE_SECONDS = 120.0
 """A driver that has not been heard of for so long is gone: another may go on."""
+BEAT_SECONDS = 30.0
+"""While a copy takes longer than this, such as that of a model, the driver is heard of in between."""
 DRIVER = "driver.json"
 """Who works on the run, and when that was last true."""
 _BEST = "best/meiosis.json"
@@ -78,16 +82,15 @@ class Store:
 
                 other, root = fsspec.core.url_to_fs(url)
                 system = fs.PyFileSystem(fs.FSSpecHandler(other))
-            except (ImportError, ValueError, OSError):
-                raise UserError(
-                    f"{url}: {_first_line(error)}; give a folder, or an s3://, gs:// or file:// URL"
-                ) from error
+            except Exception as second:  # noqa: BLE001 - every kind of store has errors of its own
+                why = f"{_first_line(error)}; {_first_line(second)}"
+                raise UserError(f"{url}: {why}; give a folder, or an s3://, gs:// or file:// URL") from error
         return cls(url.rstrip("/"), system, root.rstrip("/"))
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none. Raises OSError."""
         try:
-            with self.system.open_input_stream(f"{self.root}/{name}") as stream:
+            with _as_os_error(), self.system.open_input_stream(f"{self.root}/{name}") as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
@@ -96,34 +99,48 @@ class Store:
         """Write a file, which appears whole. Raises OSError."""
         path = f"{self.root}/{name}"
         direct = self.system.type_name in _WHOLE_ON_CLOSE
-        if not direct:
-            self.system.create_dir(path.rpartition("/")[0], recursive=True)
         target = path if direct else f"{path}.{uuid4().hex[:8]}.tmp"
-        with self.system.open_output_stream(target) as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-        if not direct:
-            self.system.move(target, path)
+        with _as_os_error():
+            if not direct:
+                self.system.create_dir(path.rpartition("/")[0], recursive=True)
+            with self.system.open_output_stream(target) as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+            if not direct:
+                self.system.move(target, path)
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is fine. Raises OSError."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _as_os_error():
             self.system.delete_file(f"{self.root}/{name}")
 
     def names(self) -> dict[str, int]:
         """Every file below the URL -> its bytes. Raises OSError."""
         from pyarrow import fs
 
-        found = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
+        with _as_os_error():
+            found = self.system.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
         files = (info for info in found if info.type == fs.FileType.File and not info.path.endswith(".tmp"))
         return {info.path[len(self.root) + 1 :]: info.size for info in files}
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file here. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self.system.open_input_stream(f"{self.root}/{name}") as stream, path.open("wb") as file:
+        source = f"{self.root}/{name}"
+        with _as_os_error(), self.system.open_input_stream(source) as stream, path.open("wb") as file:
             while chunk := stream.read(1 << 22):
                 file.write(chunk)
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Errors of a store as OSError: many that fsspec knows have classes of their own, some say nothing of a network."""
+    try:
+        yield
+    except (OSError, MeiosisError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 class Mirror:
@@ -142,6 +159,7 @@ class Mirror:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_on, name="mirror", daemon=True)
         self._failing = False
+        self._beaten_at: float | None = None
 
     def claim(self) -> None:
         """Be the driver of the run there.
@@ -149,8 +167,7 @@ class Mirror:
         Raises:
             RunError: another driver was heard of a moment ago.
         """
-        found = self.store.read(DRIVER)
-        owner: dict[str, Any] = json.loads(found) if found else {}
+        owner = self._owner()
         ours = owner.get("host") == socket.gethostname() and not _alive(int(owner.get("pid", 0)))
         silent = time.time() - float(owner.get("beat", 0))
         if owner and not ours and silent < STALE_SECONDS:
@@ -160,7 +177,50 @@ class Mirror:
             )
         self._beat()
 
+    def refuse_what_is_newer(self) -> None:
+        """Raise `RunError` unless the history here goes on from the one there: copying would take that away.
+
+        Raises OSError.
+        """
+        if self._goes_on():
+            return
+        with TemporaryDirectory(dir=self.folder.parent, prefix=f".{self.folder.name}.") as there_folder:
+            download_run(self.store, Path(there_folder) / "there", only="history/")
+            here, there = contents_of(self.folder / "history"), contents_of(Path(there_folder) / "there" / "history")
+        if here[: len(there)] == there:
+            return
+        if there[: len(here)] == here:
+            raise RunError(
+                f"{self.store.url} has {len(there) - len(here)} events that {self.folder} lacks: another driver went "
+                f"on there; go on with: meiosis resume {self.store.url}"
+            )
+        raise RunError(different_ways(self.folder, self.store.url))
+
+    def _goes_on(self) -> bool:
+        """Whether the bytes alone tell that what is here goes on from what is there, as they nearly always do."""
+        listed = self.store.read(_PARTS)
+        theirs, ours = _hashes(listed), _hashes(_read(self.folder / _PARTS))
+        live = f"history/{len(theirs):06d}.arrows"
+        there, here = self.store.read(live), _read(self.folder / live)
+        if there is None:
+            return listed is None
+        same = all(ours.get(name) == sha256 for name, sha256 in theirs.items())
+        return same and here is not None and here.startswith(there)
+
+    def release(self) -> None:
+        """No longer be the driver of the run there. Raises OSError."""
+        self.store.remove(DRIVER)
+
+    def _owner(self) -> dict[str, Any]:
+        """Who says to be the driver of the run there; nobody if that cannot be read."""
+        try:
+            owner = json.loads(self.store.read(DRIVER) or b"{}")
+        except ValueError:
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
     def _beat(self) -> None:
+        self._beaten_at = time.monotonic()
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token, "beat": time.time()}
         self.store.write(DRIVER, [json.dumps(owner).encode()])
 
@@ -173,6 +233,7 @@ class Mirror:
             try:
                 self._refuse_usurper()
                 self.push()
+                self._refuse_usurper()
                 self._beat()
             except RunError as error:
                 self._report(str(error))
@@ -189,8 +250,7 @@ class Mirror:
                 self._failing = False
 
     def _refuse_usurper(self) -> None:
-        found = self.store.read(DRIVER)
-        if found and json.loads(found)["token"] != self._token:
+        if self._owner().get("token", self._token) != self._token:
             raise RunError(f"another driver took over {self.store.url}; nothing more is copied there from here")
 
     def finish(self) -> None:
@@ -205,7 +265,7 @@ class Mirror:
         try:
             self._refuse_usurper()
             self.push()
-            self.store.remove(DRIVER)
+            self.release()
         except OSError as error:
             raise RunError(
                 f"cannot copy to {self.store.url}: {_first_line(error)}; everything is in {self.folder}, "
@@ -291,8 +351,16 @@ class Mirror:
         if state is None or self._is_sent(name):
             return
         with suppress(FileNotFoundError):  # dropped in the meantime
-            self.store.write(name, _chunks(self.folder / name))
+            self.store.write(name, self._heard_of(_chunks(self.folder / name)))
             self._sent[name] = state
+
+    def _heard_of(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The chunks; a copy that takes long must not make this driver look dead."""
+        for chunk in chunks:
+            if self._beaten_at is not None and time.monotonic() - self._beaten_at >= BEAT_SECONDS:
+                self._refuse_usurper()
+                self._beat()
+            yield chunk
 
     def _send(self, name: str, data: bytes) -> None:
         digest = hashlib.sha256(data).hexdigest()
@@ -301,15 +369,18 @@ class Mirror:
             self._sent[name] = digest
 
 
-def download_run(store: Store, folder: Path) -> None:
+def download_run(store: Store, folder: Path, only: str = "") -> None:
     """Copy a run here, without what a copy that broke off has left there; a driver may be at work on it.
+
+    Args:
+        only: what the names of the files begin with that are copied.
 
     Raises:
         OSError: that failed.
     """
     for attempt in range(_TRIES):
         try:
-            _download_once(store, folder)
+            _download_once(store, folder, only)
             return
         except FileNotFoundError:  # its driver sealed a segment, or took a result from the spool
             shutil.rmtree(folder, ignore_errors=True)
@@ -317,7 +388,7 @@ def download_run(store: Store, folder: Path) -> None:
                 raise
 
 
-def _download_once(store: Store, folder: Path) -> None:
+def _download_once(store: Store, folder: Path, only: str) -> None:
     listed = store.read(_PARTS)
     names = store.names()
     parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
@@ -325,7 +396,7 @@ def _download_once(store: Store, folder: Path) -> None:
     for name in names:
         segment = name.startswith("history/part-") or _SEGMENT.fullmatch(name)
         unfinished = (segment and name not in counted) or (name.startswith("best/") and _BEST not in names)
-        if name not in (DRIVER, _PARTS) and not unfinished:
+        if name.startswith(only) and name not in (DRIVER, _PARTS) and not unfinished:
             store.download(name, folder / name)
     if listed is not None:
         (folder / _PARTS).write_bytes(listed)
@@ -336,7 +407,7 @@ def mirrored(folder: Path, url: str | None, report: Callable[[str], None]) -> It
     """While the block runs, and once more at its end, the run is copied to the URL, if there is one.
 
     Raises:
-        RunError: another driver works on the run there, or the last copy fails.
+        RunError: another driver works on the run there, or went on there, or the last copy fails.
         UserError: the URL cannot be used.
     """
     if url is None:
@@ -345,6 +416,12 @@ def mirrored(folder: Path, url: str | None, report: Callable[[str], None]) -> It
     mirror = Mirror(folder, Store.open(url), report)
     try:
         mirror.claim()
+        try:
+            mirror.refuse_what_is_newer()
+        except MeiosisError:
+            with suppress(OSError):
+                mirror.release()
+            raise
         mirror.push()
     except OSError as error:
         raise UserError(f"{url}: cannot be written: {_first_line(error)}") from error
@@ -356,6 +433,22 @@ def mirrored(folder: Path, url: str | None, report: Callable[[str], None]) -> It
             mirror.finish()
         raise
     mirror.finish()
+
+
+def contents_of(history: Path) -> list[object]:
+    """What is deterministic in the events of a history, in order; nothing where there is none. Raises HistoryError."""
+    if not history.exists():
+        return []
+    with History.open(history, writable=False) as opened:
+        return [event.deterministic() for event in opened]
+
+
+def different_ways(folder: Path, url: str) -> str:
+    """What to say of two copies of a run of which neither goes on from the other."""
+    return (
+        f"{folder} and {url} went different ways after the same start; keep one: remove {folder} to go on with the one "
+        "at the URL"
+    )
 
 
 def _hashes(manifest: bytes | None) -> dict[str, str]:

@@ -11,8 +11,7 @@ from uuid import uuid4
 
 from search.checkpoints.fingerprint_cache import cache_folder
 from search.errors import RunError, UserError
-from search.store.history import History
-from search.store.remote import Store, download_run
+from search.store.remote import Store, contents_of, different_ways, download_run
 from search.store.run_folder import CONFIG, RunFolder
 
 
@@ -44,11 +43,11 @@ def create_remote(url: str, name: str | None, manifest: Mapping[str, Any]) -> Ru
 
 
 def fetch(url: str) -> RunFolder:
-    """The run at a URL, in its working copy here, which is brought up to date unless it is ahead.
+    """The run at a URL, in its working copy here, which is brought up to date unless it is ahead, or in use.
 
     Raises:
         UserError: there is no run at the URL.
-        RunError: a driver works on the copy here, or it and the one at the URL went different ways.
+        RunError: the copy here and the one at the URL went different ways, or it cannot be brought here.
     """
     store = Store.open(url)
     root, _, name = store.url.rpartition("/")
@@ -56,10 +55,8 @@ def fetch(url: str) -> RunFolder:
     try:
         if store.read(CONFIG) is None:
             raise UserError(f"{url}: there is no run: no {CONFIG}; check the URL")
-        if folder.config.exists() and (owner := folder.owner()):
-            raise RunError(
-                f"run '{name}' is in use by process {owner.pid} on {owner.host} since {owner.started}; stop it first"
-            )
+        if folder.config.exists() and folder.owner():
+            return folder  # of the driver that is at work on it here: nothing is newer
         draft = folder.path.parent / f".{name}.{uuid4().hex[:8]}.tmp"
         try:
             download_run(store, draft)
@@ -75,24 +72,14 @@ def fetch(url: str) -> RunFolder:
 def _take(draft: Path, folder: RunFolder, url: str) -> None:
     """Put what was downloaded in the place of the working copy, if it goes on from that."""
     if folder.config.exists():
-        here, there = _content(folder.history), _content(draft / "history")
+        here, there = contents_of(folder.history), contents_of(draft / "history")
         if here[: len(there)] == there:
             return  # killed before its last events were copied: they are worth more
         if there[: len(here)] != here:
-            raise RunError(
-                f"{folder.path} and {url} went different ways after the same start; keep one: remove {folder.path} to "
-                "go on with the one at the URL"
-            )
+            raise RunError(different_ways(folder.path, url))
         aside = folder.path.parent / f".{folder.name}.{uuid4().hex[:8]}.old"
         folder.path.rename(aside)
         draft.rename(folder.path)
         shutil.rmtree(aside, ignore_errors=True)
     else:
         draft.rename(folder.path)
-
-
-def _content(history: Path) -> list[object]:
-    if not history.exists():
-        return []
-    with History.open(history, writable=False) as opened:
-        return [event.deterministic() for event in opened]

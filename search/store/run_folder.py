@@ -148,7 +148,7 @@ class RunFolder:
         if self.config.exists():
             raise UserError(
                 f"run '{self.name}' already exists in {self.path.parent}; "
-                f"go on with `meiosis resume {self.name}` or choose another --run"
+                f"go on with `meiosis resume {self.path}` or choose another --run"
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is not a run; choose another --run")
