@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def memory_plan(setup: Setup) -> MemoryPlan:
     """Workers on this machine, or on the cluster that the config names, which is joined and left again."""
+    from cluster.need import Need
     from search.machine import make_probe, visible_gpus
     from search.memory import Node, needs_of, plan_memory
     from search.setup import has_gpu
@@ -27,7 +28,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         # Without workers of their own, candidates are evaluated one after the other.
         workers = 1 if cluster.pool == "local" else cluster.workers
         seen = visible_gpus(found["gpus"])
-        slots = int(len(seen) / gpus + 1e-6) if gpus and seen else 1 << 30
+        slots = Need(gpus=gpus if seen else 0.0).fits({"GPU": len(seen)}, 1 << 30)
         nodes: tuple[Node, ...] = (Node(found["name"], found["memory"], seen, slots),)
         return plan_memory(needs_of(setup, has_gpu=has_gpu()), nodes, workers, gpus)
     from cluster.local_ray import open_session
