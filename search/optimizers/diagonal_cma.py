@@ -2,8 +2,8 @@
 
 nevergrad's own variants start a bounded search with steps of 2-4 % of the range, which wastes most of a
 merge search's budget, and from 300 genes on use a step-size rule that does not allow candidates in
-flight; both are set here. The driver owns stopping, so pycma's own stopping rules (and the restart from
-the first point that follows them) are off.
+flight; both are set here. The driver owns stopping, so pycma's rules that end a search without progress are off;
+after those that are left (divergence, thousands of generations) it begins again at the first point.
 
 What is asked is, bit for bit, what nevergrad's `ParametrizedCMA` asks with these settings. It stands here without
 nevergrad's parameter objects because they, made several times for every candidate, were most of what the driver
