@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.crew import Slot
+    from cluster.slot import Slot
 
 FOREVER = float("inf")
 SWEEP_SECONDS = 10.0

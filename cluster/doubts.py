@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.crew import Slot
     from cluster.jobs import Entry
+    from cluster.slot import Slot
 
 FAILURES_IN_A_ROW = 4
 

@@ -23,7 +23,7 @@ from cluster.sharing import Shared
 from search.store.nodes_file import NODES, NodeState, WorkersState, write_nodes
 
 if TYPE_CHECKING:
-    from cluster.crew import Slot
+    from cluster.slot import Slot
 
 DEATHS = 3
 WINDOW_SECONDS = 600.0

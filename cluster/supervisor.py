@@ -16,12 +16,13 @@ from typing import Any
 
 from cluster import handshake
 from cluster.calls import FOREVER, Calls
-from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, Phase, Slot, reason
+from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, reason
 from cluster.doubts import FAILURES_IN_A_ROW, Doubts
 from cluster.jobs import Entry, JobBook, Suspects
 from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, is_placed, node_of
 from cluster.sharing import Sharing
+from cluster.slot import Phase, Slot
 from cluster.start_deaths import StartDeath, StartDeaths
 from search.errors import MeiosisError, WorkerError
 from search.local_pool import failed, one_line

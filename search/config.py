@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from search.budget import LimitsConfig
 from search.errors import ConfigError
+from search.limits import LimitsConfig
 from search.run_log import emit
 from search.yaml_source import YamlSource
 

@@ -38,6 +38,7 @@ from search.store.remote_run import create_remote
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.store.spool import Spool
+from search.worker_plan import worker_plan
 
 __all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]
 
@@ -156,7 +157,7 @@ def _carry_on(
 
         def pool() -> Pool:
             folder.workers.mkdir(exist_ok=True)
-            return seen.pool(make_pool(setup, setup.worker_plan(), folder.workers))
+            return seen.pool(make_pool(setup, worker_plan(setup), folder.workers))
 
         def progress(state: Progress) -> None:
             sessions.tick()

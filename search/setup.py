@@ -22,11 +22,9 @@ from search.checkpoints.view import require_model
 from search.config import Config, LoadedConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.machine import gpus_are_hidden
-from search.memory import needs_of
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
-from search.pool import WorkerPlan
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -73,25 +71,6 @@ class Setup:
     def dtype(self) -> str | None:
         """Dtype of the live model and of candidates; None for that of the base, where it has only one."""
         return self.config.cluster.dtype or merged_dtype(self.checkpoints[BASE])
-
-    def worker_plan(self) -> WorkerPlan:
-        """What every worker is told."""
-        cluster = self.config.cluster
-        needs = needs_of(self, has_gpu=True) if cluster.gpus_per_worker > 1 else None
-        return WorkerPlan(
-            models=dict(self.models),
-            base=BASE,
-            evaluators=tuple(
-                EvaluatorSpec(name, section.use, section.options) for name, section in self.config.evaluators.items()
-            ),
-            device=self.device,
-            dtype=self.dtype,
-            threads=cluster.threads,
-            seed=self.config.seed,
-            gpus=max(1, int(cluster.gpus_per_worker)),
-            beside_live=needs.beside_live if needs else None,
-            beside_learning=needs.beside_learning if needs else None,
-        )
 
 
 def window(config: Config) -> int:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from search.budget import Budget, LimitsConfig, Used, budget_in_force, end_in_force, limit_in_force, why_ended
+from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, why_ended
 from search.errors import MeiosisError
 from search.finals import Verdict
+from search.limits import LimitsConfig
 from search.manifest import read_manifest
 from search.run_log import last_events
 from search.store.copied import COPIED, read_copied

@@ -13,17 +13,15 @@ from landscape import SOURCES, Shuffled, population
 
 from search.budget import (
     Budget,
-    LimitsConfig,
     Spending,
     Used,
-    duration,
     limit_in_force,
     refuse_useless,
-    seconds_of,
     why_ended,
 )
 from search.driver import Driver, Limits
 from search.errors import UserError
+from search.limits import LimitsConfig, duration, seconds_of
 from search.nevergrad_box import paced_by_budget
 from search.optimizer import Problem
 from search.progress import Progress

@@ -34,6 +34,7 @@ from search.memory import (
 )
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
 from search.setup import check, has_gpu
+from search.worker_plan import worker_plan
 
 GIB = 2**30
 NEEDS = Needs(sources=40 * GIB, live=14 * GIB, activations=GIB, merging=GIB, learning=0, on_gpu=False)
@@ -224,13 +225,14 @@ from pathlib import Path
 from search.config import load_config
 from search.evaluation import Evaluation
 from search.setup import check, has_gpu
+from search.worker_plan import worker_plan
 
 def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
     return int(line.split()[1]) * 1024
 
 if __name__ == "__main__":
-    body = Evaluation(check(load_config(Path(sys.argv[1]))).worker_plan())
+    body = Evaluation(worker_plan(check(load_config(Path(sys.argv[1])))))
     evaluator, model = body._evaluators["python"], body._model.model
     items = evaluator.items("search")
     list(evaluator.evaluate(model, items[:1]))  # code is loaded when it is used first
@@ -380,11 +382,11 @@ def test_a_model_too_large_for_one_gpu_says_over_how_many_it_fits() -> None:
 
 def test_the_plan_of_a_worker_leaves_room_on_each_of_its_gpus(family: Path, tmp_path: Path) -> None:
     setup = check(load_config(config_file(family, tmp_path)))
-    assert setup.worker_plan().gpus == 1
-    assert setup.worker_plan().beside_live is None
+    assert worker_plan(setup).gpus == 1
+    assert worker_plan(setup).beside_live is None
     cluster = setup.config.cluster.model_copy(update={"pool": "ray", "gpus_per_worker": 2.0})
     setup = replace(setup, config=setup.config.model_copy(update={"cluster": cluster}))
-    needs, plan = needs_of(setup, has_gpu=True), setup.worker_plan()
+    needs, plan = needs_of(setup, has_gpu=True), worker_plan(setup)
     assert (needs.gpus, plan.gpus) == (2, 2)
     assert plan.beside_live == needs.beside_live >= needs.activations + needs.merging
     assert plan.beside_learning == needs.beside_learning

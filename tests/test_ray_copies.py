@@ -91,11 +91,12 @@ if __name__ == "__main__":
     from search.recipe import Recipe, Rule
     from search.setup import check
     from search.store.copied import read_copied
+    from search.worker_plan import worker_plan
     from meiosis.cli.memory import memory_plan
     overrides = (f"cluster.address={cluster.address}", "cluster.pool=ray")
     setup = check(load_config(notes / "config.yaml", overrides))
     planned = memory_plan(setup)
-    plan = setup.worker_plan()
+    plan = worker_plan(setup)
 
     def candidate(number):
         sources = {"python": {"weight": 0.1 * (number % 2)}, "cpp": {"weight": 0.3}}

@@ -37,8 +37,6 @@ OTHER_NAMES = (
 )
 """Those without a fused kernel; not those that decompose matrices (tsv_m, iso_c, iso_cts, wudi) or read statistics."""
 
-LIMITS = {"linear": 1.25, "slerp": 1.25, "task_arithmetic": 1.25, "ties": 2.0, "dare_ties": 2.0}
-"""Multiples of the floor on a CPU that are not to be passed."""
 GROUPS = 64
 
 

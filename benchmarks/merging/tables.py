@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from merging.mergekit_peer import Peer
-from merging.resident import LIMITS
 
 from search.merge.kernels import description
 
 Rows = Sequence[Mapping[str, Any]]
 MIB = 2**20
 PARTS = ("one-shot", "resident", "incremental", "giant")
+LIMITS = {"linear": 1.25, "slerp": 1.25, "task_arithmetic": 1.25, "ties": 2.0, "dare_ties": 2.0}
+"""Multiples of the floor on a CPU that are not to be passed."""
 
 
 def write_tables(measured: Mapping[str, Rows], peer: Peer, *, memory_bandwidth: float, threads: int, out: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, run_command
+from meiosis.cli.common import debug_option, json_option, note, run_command
 from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
+from meiosis.cli.workers import early_ray, make_pool
 
 
 @click.command(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -16,9 +14,6 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from search.config import Config
-    from search.pool import Pool, WorkerPlan
-    from search.setup import Setup
     from search.store.run_folder import RunFolder
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -100,41 +95,6 @@ def write_text(path: Path | None, text: str) -> None:
         write_atomic(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another place") from error
-
-
-def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
-    """The workers that a config asks for."""
-    from meiosis.cli.memory import planned
-
-    cluster = setup.config.cluster
-    if cluster.pool == "local":
-        from search.local_pool import LocalPool
-
-        with planned(setup):
-            return LocalPool(plan, cluster.workers)
-    from cluster.pool import RayPool
-
-    with planned(setup, folder / "ray.log"):
-        return RayPool(
-            plan,
-            workers=cluster.workers,
-            address=cluster.address,
-            trial_seconds=cluster.trial_seconds,
-            gpus_per_worker=cluster.gpus_per_worker,
-            shards=cluster.shards,
-            working_folder=folder,
-            report=say,
-        )
-
-
-def early_ray(config: Config) -> AbstractContextManager[Callable[[], None]]:
-    """Gives a function that begins to start the Ray that a config needs, if it is one of our own, beside other work."""
-    cluster = config.cluster
-    if cluster.pool != "ray" or cluster.address is not None:
-        return nullcontext(lambda: None)
-    from cluster.early_ray import early_ray
-
-    return early_ray(min(cluster.workers, os.cpu_count() or 1), cluster.gpus_per_worker > 0)
 
 
 def results_option(function: F) -> F:

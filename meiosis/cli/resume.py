@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from meiosis.cli.budget import given, limit_options, places_option
-from meiosis.cli.common import debug_option, find_run, json_option, make_pool, results_option, run_command
+from meiosis.cli.common import debug_option, find_run, json_option, results_option, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
+from meiosis.cli.workers import make_pool
 
 
 @click.command("resume", epilog="Example: meiosis resume first --workers 4")

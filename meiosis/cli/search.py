@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.budget import given, limit_options
-from meiosis.cli.common import debug_option, early_ray, json_option, make_pool, note, out, print_json, run_command
+from meiosis.cli.common import debug_option, json_option, note, out, print_json, run_command
 from meiosis.cli.memory import refuse_at_once
 from meiosis.cli.watch import Watch
+from meiosis.cli.workers import early_ray, make_pool
 
 if TYPE_CHECKING:
     from search.run import Finished

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import out
-from meiosis.cli.status import nodes, pace, workers_table
+from meiosis.cli.run_lines import nodes, pace, workers_table
 from meiosis.cli.watch import duration
 
 if TYPE_CHECKING:

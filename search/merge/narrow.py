@@ -6,20 +6,39 @@ in float32 in their order and rounded once; weights are rounded before they are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from search.merge.operator import Block
 
-if TYPE_CHECKING:
-    from search.merge.task_vectors import TaskVectors
-
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def merge_narrow(task: TaskVectors, block: Block, out: Tensor) -> None:
+class SumOfTaskVectors(Protocol):
+    """What is needed of `search.merge.task_vectors.TaskVectors`."""
+
+    @property
+    def trims(self) -> Sequence[Callable[[Tensor, int], object]]: ...
+    @property
+    def rescales(self) -> Sequence[float]: ...
+    @property
+    def weights(self) -> Sequence[float]: ...
+    @property
+    def factors(self) -> Sequence[float]: ...
+    @property
+    def elects(self) -> bool: ...
+    @property
+    def divides(self) -> bool: ...
+    @property
+    def divisor(self) -> float: ...
+    @property
+    def scale(self) -> float: ...
+
+
+def merge_narrow(task: SumOfTaskVectors, block: Block, out: Tensor) -> None:
     """One block of `task` in the dtype of `out`, one of `NARROW`."""
     dtype, device = out.dtype, out.device
 
