@@ -16,36 +16,44 @@ class Notes:
     """Trials that begin and end in other processes, read as they are noted.
 
     Attributes:
-        inside: process -> the trial that began there and did not end yet.
+        inside: process -> the trial that began there and did not end yet. Of processes that are alive.
         begun: how many trials were begun, those that were begun again included.
         ended: different trials that were carried to their end.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read: dict[int, int] = {}
-        self.inside: dict[int, str] = {}
+        self._read: dict[str, int] = {}
+        self._open: dict[str, str] = {}
         self.begun = 0
         self.ended: set[str] = set()
 
     def look(self) -> None:
         """Read what was noted since the last look."""
         for path in self._folder.iterdir():
-            pid = int(path.name)
             with path.open("rb") as file:
-                file.seek(self._read.get(pid, 0))
+                file.seek(self._read.get(path.name, 0))
                 whole = file.read().rpartition(b"\n")[0]
             if not whole:
                 continue
-            self._read[pid] = self._read.get(pid, 0) + len(whole) + 1
+            self._read[path.name] = self._read.get(path.name, 0) + len(whole) + 1
             for line in whole.decode().splitlines():
                 what, _, trial = line.partition(" ")
                 if what == "begin":
                     self.begun += 1
-                    self.inside[pid] = trial
+                    self._open[path.name] = trial
                 else:
-                    self.inside.pop(pid, None)
+                    self._open.pop(path.name, None)
                     self.ended.add(trial)
+
+    @property
+    def inside(self) -> dict[int, str]:
+        found = {}
+        for name, trial in self._open.items():
+            pid, _, started = name.partition(".")
+            if started_at(int(pid)) == started:
+                found[int(pid)] = trial
+        return found
 
 
 def marked(folder: Path) -> list[int]:
@@ -81,6 +89,14 @@ def state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def started_at(pid: int) -> str:
+    """When a process started, in ticks of the machine: numbers of processes are used again. Empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def descendants(pid: int) -> list[int]:

@@ -32,6 +32,7 @@ def score(model: torch.nn.Module, items: Sequence[Mapping[str, Any]]) -> float:
 
 
 def note(line: str) -> None:
-    """Append to the file of this process, in one write."""
-    with Path(os.environ[NOTES], str(os.getpid())).open("ab", buffering=0) as file:
+    """Append to the file of this process, in one write. Its number alone would name a later process as well."""
+    started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    with Path(os.environ[NOTES], f"{os.getpid()}.{started}").open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
