@@ -12,15 +12,19 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from search.errors import MeiosisError
+
 
 @dataclass(frozen=True)
 class StartDeath:
-    """A loss: where, why, with which traceback, and when it counts (monotonic seconds)."""
+    """A loss: where, why, with which traceback, when it counts (monotonic seconds), and the error for the user if there
+    is one that says it all."""
 
     node: str
     why: str
     detail: str
     due: float
+    explained: MeiosisError | None = None
 
 
 class StartDeaths:

@@ -345,7 +345,7 @@ class Supervisor:
         """
         if not slot.late:
             raise error
-        self._lost(slot, str(error), "error")
+        self._lost(slot, str(error), "error", explained=error)
 
     def _rest(self, slot: Slot) -> None:
         """The worker has nothing to do; on a node that is to be left it ends."""
@@ -397,7 +397,9 @@ class Supervisor:
             doubted.failed.clear()
             self._rest(doubted)
 
-    def _lost(self, slot: Slot, why: str, kind: FailureKind, detail: str = "") -> None:
+    def _lost(
+        self, slot: Slot, why: str, kind: FailureKind, detail: str = "", explained: MeiosisError | None = None
+    ) -> None:
         """A worker is gone, or must go: replace it, and see what becomes of its job."""
         entry, phase, now = slot.entry, slot.phase, time.monotonic()
         slot.node = slot.node or node_of(slot.actor)
@@ -411,7 +413,7 @@ class Supervisor:
         elif entry is None:
             node_may_be_dead = kind == "crash" and slot.node and self._nodes.several
             due = now + NODE_DEATH_SECONDS if node_may_be_dead else now
-            self._start_deaths.add(StartDeath(slot.node, why, detail, due))
+            self._start_deaths.add(StartDeath(slot.node, why, detail, due, explained))
             self._give_up_on_starts(now)
         self._replace(slot, why, kind)
         if entry is not None and not entry.cancelled:
@@ -453,6 +455,8 @@ class Supervisor:
 
     def _give_up_on_starts(self, now: float) -> None:
         if deaths := self._start_deaths.counted(self._nodes.dead, now, others_work=bool(self._up)):
+            if len(deaths) >= START_DEATHS and deaths[-1].explained is not None:
+                raise deaths[-1].explained
             self._stop_after(len(deaths), START_DEATHS, "could not start", deaths[-1].why, deaths[-1].detail)
 
     def _stop_after(self, deaths: int, most: int, what: str, why: str, detail: str = "") -> None:
