@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,18 @@ def ensure_token() -> None:
                 os.link(file.name, path)
     except (OSError, RuntimeError):  # no home, or not writable: hand it down by environment
         os.environ["RAY_AUTH_TOKEN"] = token
+
+
+def require_head(address: str) -> None:
+    """Raise `WorkerError` if nobody answers at `host:port`. Ray itself would try for more than five minutes."""
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(
+            f"no Ray head answers at '{address}' ({error}); start one with 'ray start --head', "
+            "or run on this machine with --address none"
+        ) from error
 
 
 def asks_for_token(address: str) -> bool:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.access import CONNECT_SECONDS, asks_for_token, ensure_token, on_loopback
+from cluster.access import asks_for_token, ensure_token, on_loopback, require_head
 from search.errors import UserError, WorkerError
 from search.run_log import emit
 
@@ -218,14 +218,7 @@ def _join(address: str, log: Path | None) -> Session:
     import ray
 
     emit("ray_starting", address=address)
-    host, _, port = address.partition(":")
-    try:  # Ray itself would try for more than five minutes
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise WorkerError(
-            f"no Ray head answers at '{address}' ({_line(error)}); start one with 'ray start --head', "
-            "or leave the address out to run on this machine"
-        ) from error
+    require_head(address)
     stdout = _SplitStdout(log)
     try:
         asked = asks_for_token(address)

@@ -294,6 +294,13 @@ class ClusterConfig(_Section):
     check_memory: bool = Field(True, description="whether what does not fit into memory is refused before it starts")
     trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
 
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
+            raise ValueError(f"'{address}' is not the address of a Ray head; expected host:port")
+        return address
+
     @field_validator("gpus_per_worker")
     @classmethod
     def _whole_above_one(cls, gpus: float) -> float:

@@ -53,6 +53,7 @@ class RunStatus:
         warnings: the latest warnings of the log, with their time.
         verdict: the sentence of a finished run.
         model: exported model, where there is one.
+        winner: the candidate that a finished run chose, which need not be the best on the search items.
         workers: workers and nodes of a run on Ray as its pool last saw them.
         copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
@@ -80,6 +81,7 @@ class RunStatus:
     warnings: tuple[str, ...] = ()
     verdict: str | None = None
     model: str | None = None
+    winner: int | None = None
     workers: WorkersState | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     used: Mapping[str, float] = field(default_factory=dict)
@@ -160,6 +162,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         warnings=tuple(_warnings(log)),
         verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
         model=str(folder.best) if folder.best.exists() else None,
+        winner=ended.winner if ended else None,
         workers=read_nodes(folder.workers),
         limits=limits,
         used=asdict(used),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -220,6 +221,44 @@ def test_a_mistake_is_one_line_on_stderr_with_status_2(
     for text in expected:
         assert text in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_nobody_answers_takes_no_name_for_a_run(config: Path, tmp_path: Path) -> None:
+    given = ("--run", "w", "--address", "127.0.0.1:1", "--set", "cluster.pool=ray", "--set", f"results={tmp_path}")
+    ended = meiosis("search", config, *given)
+    assert ended.status == 1
+    assert "no Ray head answers at '127.0.0.1:1'" in ended.err
+    assert "--address none" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_at_a_url_are_not_looked_for_in_a_folder(tmp_path: Path) -> None:
+    ended = meiosis("status", "--results", f"file://{tmp_path}")
+    assert (ended.status, ended.out) == (2, "")
+    assert "meiosis status URL/RUN" in ended.err
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_of_a_verdict_names_every_model_however_narrow_the_terminal(
+    search: Ended, results: Path, width: int
+) -> None:
+    from rich.console import Console
+
+    from meiosis.cli.tables import verdict_table
+    from search.finals import Verdict
+    from search.store.events import End
+    from search.store.run_folder import RunFolder
+
+    (end,) = [event for event in RunFolder.find(results, "first").events() if isinstance(event, End)]
+    verdict = Verdict.from_json(end.verdict)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(verdict_table(verdict, width))
+    lines = console.export_text(clear=False).splitlines()
+    for row in verdict.rows:
+        (line,) = [line for line in lines if f" {row.label} " in line]
+        assert f"{row.value:.4f}" in line
+        assert width < 80 or row.difference is None or f"{row.difference:+.4f}" in line
+    assert ("No room here for" in console.export_text()) == (width < 200)
 
 
 def test_debug_adds_the_traceback_and_keeps_the_status(results: Path) -> None:

@@ -109,6 +109,10 @@ MISTAKES: dict[str, tuple[Edit, list[str]]] = {
     "budget is a word": (put("search.budget", "many"), ["search.budget", "integer", "'many'"]),
     "budget below the parents": (put("search.budget", 3), ["search.budget", "too small", "at least 5"]),
     "local pool with GPUs": (put("cluster.gpus_per_worker", 1), ["cluster", "pool: local knows no address"]),
+    "an address without a port": (
+        put("cluster.address", "127.0.0.1"),
+        ["cluster.address", "'127.0.0.1' is not the address of a Ray head; expected host:port"],
+    ),
     "a GPU and a half": (
         put("cluster.gpus_per_worker", 1.5),
         ["cluster.gpus_per_worker", "a fraction of one GPU or a whole number of GPUs, found 1.5"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,8 +105,17 @@ def results_option(function: F) -> F:
         default="results",
         show_default=True,
         type=click.Path(path_type=Path),
-        help="Folder of the runs.",
+        callback=_folder,
+        help="Folder of the runs. One at a URL is named by it in full: URL/RUN.",
     )(function)
+
+
+def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    from search.errors import UserError
+
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(value)):
+        raise UserError("--results is a folder; a run at a URL is named by it in full, as in: meiosis status URL/RUN")
+    return value
 
 
 def find_run(results: Path, run: str) -> RunFolder:

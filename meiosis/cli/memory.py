@@ -75,11 +75,20 @@ def planned(setup: Setup, log: Path | None = None) -> Iterator[None]:
 
 
 def refuse_at_once(setup: Setup) -> None:
-    """Raise `UserError` if the workers do not fit on this machine, before there is a folder of the run.
+    """Refuse what cannot run before there is a folder of the run.
 
-    A cluster is looked at when it is joined, see `planned`.
+    The memory of a cluster is looked at when it is joined, see `planned`.
+
+    Raises:
+        UserError: the workers do not fit on this machine.
+        WorkerError: nobody answers at the address of the cluster.
     """
-    if setup.config.cluster.address is None and setup.config.cluster.check_memory:
+    cluster = setup.config.cluster
+    if cluster.address is not None:
+        from cluster.access import require_head
+
+        require_head(cluster.address)
+    elif cluster.check_memory:
         memory_plan(setup).require()
 
 

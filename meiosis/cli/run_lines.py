@@ -19,6 +19,12 @@ MOST_ROWS = 20
 """Workers that are shown one by one."""
 
 
+def exported(status: RunStatus) -> str:
+    """Which model a run wrote, and where."""
+    which = "" if status.winner is None else f" (trial {status.winner})"
+    return f"Exported model{which}: {status.model}"
+
+
 def nodes(workers: WorkersState, *, running: bool) -> Iterator[str]:
     """Workers and nodes of a run on Ray, a line each."""
     when = "" if running else f" when it stopped, {workers.written_at}"

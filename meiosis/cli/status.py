@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import debug_option, find_run, json_option, out, print_json, results_option
-from meiosis.cli.run_lines import nodes, pace, workers_table
+from meiosis.cli.run_lines import exported, nodes, pace, workers_table
 
 if TYPE_CHECKING:
     from search.status import RunStatus
@@ -107,7 +107,7 @@ def _show(status: RunStatus) -> None:
     if status.verdict:
         console.print(status.verdict, soft_wrap=True)
     if status.model:
-        console.print(f"Exported model: {status.model}", soft_wrap=True)
+        console.print(exported(status), soft_wrap=True)
     if status.state == "stopped":
         console.print(f"Go on with: meiosis resume {status.path}", soft_wrap=True)
 

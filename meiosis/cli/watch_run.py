@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import out
-from meiosis.cli.run_lines import nodes, pace, workers_table
+from meiosis.cli.run_lines import exported, nodes, pace, workers_table
 from meiosis.cli.watch import duration
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _picture(status: RunStatus, console: Console) -> RenderableType:
     if status.verdict:
         rows.append(Text(status.verdict))
     if status.model and status.state == "finished":
-        rows.append(text(f"Exported model: {status.model}"))
+        rows.append(text(exported(status)))
     if status.state == "stopped":
         rows.append(text(f"Go on with: meiosis resume {status.path}"))
     elif status.state == "running":
