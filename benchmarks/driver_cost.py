@@ -238,7 +238,7 @@ def write(rows: Sequence[Row], loads: tuple[float, float], out: Path) -> None:
         "- `sync`: time to append 4 KiB to a file and have them on this disk, in the same run: nothing that is "
         "durable costs less. `cpu`: mean time on the processor; the rest of the mean is waiting, for the disk or the "
         f"processor. The load of the machine (1 minute) was {loads[0]:.1f} at the start and {loads[1]:.1f} at the end.",
-        "- Medians of the parts: `ask` and `tell` are the optimiser (nevergrad) and the recipe, `record` the history "
+        "- Medians of the parts: `ask` and `tell` are the optimiser and the recipe, `record` the history "
         "(ask and result, on disk), `keep` the spool (results that came before their turn, on disk), `submit` and "
         "`collect` the pool (for simulated workers only the call), `loop` the rest.",
         "",
