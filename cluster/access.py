@@ -70,6 +70,20 @@ def require_head(address: str) -> None:
         ) from error
 
 
+def only_on_loopback(address: str) -> bool:
+    """Whether the head at `host:port` is that of a Ray like our own, which the machine's own address does not reach."""
+    from ray._private.services import get_node_ip_address
+
+    host, _, port = address.partition(":")
+    if host != "localhost" and not host.startswith("127."):
+        return False
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return True
+    return False
+
+
 def asks_for_token(address: str) -> bool:
     """Whether the cluster refuses who has no token.
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.access import asks_for_token, ensure_token, on_loopback, require_head
+from cluster.access import asks_for_token, ensure_token, on_loopback, only_on_loopback, require_head
 from search.errors import UserError, WorkerError
 from search.run_log import emit
 
@@ -222,7 +222,7 @@ def _join(address: str, log: Path | None) -> Session:
     stdout = _SplitStdout(log)
     try:
         asked = asks_for_token(address)
-        with _same_signal_handlers():
+        with _same_signal_handlers(), on_loopback() if only_on_loopback(address) else contextlib.nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except BaseException as error:
         ray.shutdown()

@@ -120,3 +120,19 @@ def test_who_has_no_token_or_another_one_gets_no_answer(ray_session: Session) ->
         refused = ask(**changed)
         assert refused.returncode != 0
         assert "oken" in refused.stderr or "nauth" in refused.stderr, refused.stderr[-2000:]
+
+
+def test_another_process_of_this_machine_joins_a_ray_of_our_own(ray_session: Session) -> None:
+    code = (
+        "import sys; from cluster.local_ray import open_session; session = open_session(sys.argv[1])\n"
+        "import ray; print(sum(node['Alive'] for node in ray.nodes())); session.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ray_session.address],
+        cwd=ROOT,
+        env={**os.environ, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
