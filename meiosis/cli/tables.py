@@ -30,7 +30,7 @@ def verdict_table(verdict: Verdict, width: int) -> Table:
         rows.append([row.label, *figures, *(f"{row.metrics[name]:.4f}" for name in metrics), *compared])
     shown = list(range(len(heads)))
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    droppable = [*range(2 + len(metrics), 2, -1), 2, len(heads) - 2]
+    droppable = [*range(2 + len(metrics), 2, -1), 2, len(heads) - 2, len(heads) - 1]
     while sum(widths[index] + 3 for index in shown) + 1 > width and droppable:
         shown.remove(droppable.pop(0))
     table = Table(title="On the certify items (smaller is better)", title_justify="left")
