@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,39 @@ def test_the_table_of_results_is_the_committed_one_and_every_row_of_every_seed_i
         )
         line = next(line for line in README.splitlines() if line.startswith(f"| {seed} |"))
         assert f"{best['objective']:.4f} ({best['model']}) | **{found['objective']:.4f}**" in line
+
+
+def reference(name: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(ROOT / "results" / "reference" / f"{name}.parquet").to_pylist()
+    return rows
+
+
+def test_what_the_readme_says_of_the_cluster_is_in_the_committed_tables() -> None:
+    text = " ".join(README.split())
+    rows = reference("driver_cost")
+    costs = {
+        pool: [r["median_ms"] for r in rows if r["table"] == "cost" and r["pool"] == pool]
+        for pool in ("simulated", "Ray")
+    }
+    low, high = min(costs["simulated"]), max(costs["simulated"])
+    assert f"The driver takes {low:.1f} to {high:.1f} ms for a trial with 8 to 10,000 simulated workers" in text
+    assert f"and {min(costs['Ray']):.0f} to {max(costs['Ray']):.0f} ms on two cores" in text
+    of_eight = [
+        r for r in rows if r["table"] == "utilisation" and r["workers"] == 8 and r["durations"].startswith("log")
+    ]
+    for said, way in (
+        ("{} to {} % of their time in ordered commit", "ordered commit, window twice the workers"),
+        ("{} to {} % in arrival order", "arrival order, window twice the workers"),
+        ("{} to {} % with a barrier between generations", "barrier: generations as large as the pool"),
+    ):
+        shares = sorted(100 * r["utilisation"] for r in of_eight if r["discipline"] == way)
+        assert len(shares) == 2
+        assert said.format(*(f"{share:.0f}" for share in shares)) in text
+    kills = reference("chaos")
+    assert f"kills workers, nodes, drivers and whole clusters {len(kills)} times" in text
+    times = [
+        r["seconds"] for r in reference("first_evaluation") if r["what"] == "search" and r["case"].startswith("own Ray")
+    ]
+    assert f"is there after {min(times):.0f} s" in text

@@ -21,7 +21,11 @@ def write_tables(found: Mapping[str, Any], out: Path) -> None:
     import pyarrow.parquet
 
     kills: list[Kill] = found["kills"]
-    command = " ".join(["python", "benchmarks/chaos.py", *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    if "--out" in arguments:  # where the table went is no part of how it came about
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    command = " ".join(["python", "benchmarks/chaos.py", *arguments])
     libraries = ", ".join(f"{name} {version(name)}" for name in ("ray", "nevergrad", "torch"))
     torn = [kill for kill in kills if kill.torn_bytes]
     lines = [
