@@ -58,16 +58,23 @@ def ensure_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = token
 
 
-def require_head(address: str) -> None:
-    """Raise `WorkerError` if nobody answers at `host:port`. Ray itself would try for more than five minutes."""
+def refusal(address: str, seconds: float = CONNECT_SECONDS) -> Exception | None:
+    """Why nobody answers at `host:port` within so many seconds; None if somebody does."""
     host, _, port = address.partition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=seconds).close()
     except (OSError, OverflowError) as error:
+        return error
+    return None
+
+
+def require_head(address: str) -> None:
+    """Raise `WorkerError` if nobody answers at `host:port`. Ray itself would try for more than five minutes."""
+    if (why := refusal(address)) is not None:
         raise WorkerError(
-            f"no Ray head answers at '{address}' ({error}); start one with 'ray start --head', "
+            f"no Ray head answers at '{address}' ({why}); start one with 'ray start --head', "
             "or run on this machine with --address none"
-        ) from error
+        ) from why
 
 
 def only_on_loopback(address: str) -> bool:
@@ -75,13 +82,8 @@ def only_on_loopback(address: str) -> bool:
     from ray._private.services import get_node_ip_address
 
     host, _, port = address.partition(":")
-    if host != "localhost" and not host.startswith("127."):
-        return False
-    try:
-        socket.create_connection((get_node_ip_address(), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return True
-    return False
+    local = host == "localhost" or host.startswith("127.")
+    return local and refusal(f"{get_node_ip_address()}:{port}") is not None
 
 
 def asks_for_token(address: str) -> bool:

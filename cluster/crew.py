@@ -18,6 +18,7 @@ from cluster.sending import Sender, ShardMode
 from cluster.shards import shard_refs
 from cluster.slot import Slot
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
+from search.config import can_be_reserved
 from search.errors import UserError, WorkerError
 from search.local_pool import one_line
 from search.outcome_check import LINE_CHARACTERS, printable
@@ -31,7 +32,7 @@ BUILD_SECONDS = 3600.0
 
 def check_gpus(gpus: float) -> None:
     """Raise `UserError` for a number of GPUs that Ray cannot reserve for one worker."""
-    if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+    if not can_be_reserved(gpus):
         raise UserError(
             f"cluster.gpus_per_worker is {gpus:g}, expected a fraction of one GPU, or a whole number of GPUs: "
             "a worker shares one GPU with others, or has some for itself"

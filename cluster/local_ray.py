@@ -17,10 +17,8 @@ import contextlib
 import fcntl
 import ipaddress
 import os
-import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -29,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.access import asks_for_token, ensure_token, on_loopback, only_on_loopback, require_head
+from cluster.access import asks_for_token, ensure_token, on_loopback, only_on_loopback, refusal, require_head
+from search.config import is_head_address
 from search.errors import UserError, WorkerError
 from search.run_log import emit
 
@@ -64,12 +63,7 @@ class Session:
 
     def head_answers(self) -> bool:
         """Whether somebody listens at the head. Ray itself would be asked in vain for a minute, deaf to signals."""
-        host, _, port = self.address.partition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-        except OSError:
-            return False
-        return True
+        return refusal(self.address, ANSWER_SECONDS) is None
 
     def close(self) -> None:
         """Disconnect, if no other user of the session is left; a Ray of our own ends with all its processes.
@@ -137,7 +131,7 @@ def open_session(address: str | None, *, cpus: int = 1, with_gpus: bool = False,
         WorkerError: Ray does not start, or nobody answers at the address.
     """
     global _session, _offered  # noqa: PLW0603 - Ray is one per process as well
-    if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
+    if address is not None and not is_head_address(address):
         raise UserError(f"cluster.address: '{address}' is not the address of a Ray head; expected 'host:port'")
     if _session is not None:
         _refuse_another(_session.address, address)

@@ -262,6 +262,16 @@ class EvaluatorConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+def is_head_address(text: str) -> bool:
+    """Whether a text has the form `host:port`, in which the head of a Ray cluster is named."""
+    return re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", text) is not None
+
+
+def can_be_reserved(gpus: float) -> bool:
+    """Whether Ray can reserve so many GPUs for one worker: a fraction of one, or a whole number."""
+    return 0 <= gpus <= 1 or gpus == int(gpus) > 1
+
+
 class ClusterConfig(_Section):
     """Where the search runs."""
 
@@ -297,14 +307,14 @@ class ClusterConfig(_Section):
     @field_validator("address")
     @classmethod
     def _host_and_port(cls, address: str | None) -> str | None:
-        if address is not None and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", address):
+        if address is not None and not is_head_address(address):
             raise ValueError(f"'{address}' is not the address of a Ray head; expected host:port")
         return address
 
     @field_validator("gpus_per_worker")
     @classmethod
     def _whole_above_one(cls, gpus: float) -> float:
-        if gpus > 1 and gpus != int(gpus):
+        if not can_be_reserved(gpus):
             raise ValueError(f"expected a fraction of one GPU or a whole number of GPUs, found {gpus:g}")
         return gpus
 

@@ -313,16 +313,18 @@ def test_a_driver_is_heard_of_while_it_copies_something_large(tmp_path: Path, mo
         mirror.push()
 
 
+def make(folder: Path, count: int, start: int = 0) -> None:
+    """A run with so many events, in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text("{}")
+    with open_small(folder / "history") as history:
+        for one in events(count + start, start=start):
+            history.append(one)
+
+
 def test_what_another_machine_added_there_is_not_overwritten_from_an_older_copy(tmp_path: Path) -> None:
     url, there, here = f"file://{tmp_path}/there", tmp_path / "there", tmp_path / "here"
-
-    def make(folder: Path, count: int, start: int = 0) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "run.yaml").write_text("{}")
-        with open_small(folder / "history") as history:
-            for one in events(count + start, start=start):
-                history.append(one)
 
     for ours, theirs in ((4, 5), (4, 17), (0, 3)):
         make(there, theirs)
@@ -426,14 +428,6 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_from_what_was_copied(
 def test_a_working_copy_that_is_ahead_stays_and_one_that_is_behind_is_replaced(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/store/run"
     there, here = tmp_path / "store" / "run", working_root(f"file://{tmp_path}/store") / "run"
-
-    def make(folder: Path, count: int, start: int = 0) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "run.yaml").write_text("{}")
-        with open_small(folder / "history") as history:
-            for one in events(count + start, start=start):
-                history.append(one)
 
     for ours, theirs in ((7, 4), (4, 7), (5, 5)):
         make(here, ours)
