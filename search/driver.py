@@ -258,7 +258,7 @@ class Driver:
             self._progress = replace(self._progress, done=self._progress.done + 1)
         if key[1] == "search":
             self._asked_in_vain = False
-            self.population.tell(key[0], metrics)
+            self.population.tell(key[0], metrics, outcome.scores)
             self._refuse_without_parents()
             if not known:
                 self._note(trial)
@@ -342,5 +342,5 @@ def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:
         elif isinstance(event, Trial):
             trials[event.candidate, event.items] = event
             if event.items == "search":
-                population.tell(event.candidate, usable_metrics(event))
+                population.tell(event.candidate, usable_metrics(event), event.scores)
     return trials

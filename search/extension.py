@@ -7,8 +7,8 @@ from typing import Any
 
 from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, refuse_useless
 from search.errors import UserError
-from search.optimizer import OPTIMIZERS, Problem
-from search.setup import Setup, window
+from search.optimizer import OPTIMIZERS
+from search.setup import Setup, first_problem
 from search.store.events import Event, Extended
 from search.store.sessions import Sessions
 
@@ -64,6 +64,4 @@ def paced(setup: Setup, budget: Budget) -> bool:
         return False
     from search.nevergrad_box import paced_by_budget
 
-    start = setup.space.initial().vector()
-    problem = Problem(start, search.budget, window(setup.config), setup.config.seed, search.optimizer.step)
-    return paced_by_budget(search.optimizer.name, problem, budget.candidates)
+    return paced_by_budget(search.optimizer.name, first_problem(setup.config, setup.space), budget.candidates)

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+GeneKind = Literal["float", "int", "bool", "choice"]
+
 
 @dataclass(frozen=True)
 class Gene:
@@ -18,7 +20,8 @@ class Gene:
         name: `<group>/<source>.<parameter>`, or `<group>/<parameter>` for a shared one.
         low, high: bounds of the value.
         initial: value at which the search starts.
-        kind: `int` values are rounded, `bool` values are true from 0.5 on.
+        kind: `int` values are rounded, `bool` values are true from 0.5 on, `choice` values are one of `choices`,
+            each of which has an equal part of the range.
         step: values are rounded to multiples of this that lie between the bounds, if there are any.
     """
 
@@ -26,11 +29,14 @@ class Gene:
     low: float
     high: float
     initial: float
-    kind: Literal["float", "int", "bool"] = "float"
+    kind: GeneKind = "float"
     step: float | None = None
+    choices: tuple[str, ...] = ()
 
-    def value(self, coordinate: float) -> float | int | bool:
+    def value(self, coordinate: float) -> float | int | bool | str:
         """The value at a coordinate in [0, 1]."""
+        if self.kind == "choice":
+            return self.choices[min(int(coordinate * len(self.choices)), len(self.choices) - 1)]
         value = self.low + coordinate * (self.high - self.low)
         if self.kind == "bool":
             return value >= 0.5

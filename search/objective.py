@@ -80,6 +80,10 @@ class Objective:
         total = sum(term.weight for term in self.terms)
         return sum(term.weight * term.loss(metrics[term.metric]) for term in self.terms) / total
 
+    def losses(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """The normalised loss of every term, smaller is better."""
+        return tuple(term.loss(metrics[term.metric]) for term in self.terms)
+
     def violation(self, metrics: Mapping[str, float]) -> float:
         """Sum over the constraints of how far the metric is beyond its bound, relative to the bound."""
         total = 0.0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.base import Scores
 from evaluators.registry import Registry
+from search.genome import Gene
 
 Vector = NDArray[np.float64]
 
@@ -24,6 +26,8 @@ class Problem:
         window: candidates in flight at once.
         seed: seed of its random numbers.
         step: first step where the method has one, as a fraction of the range.
+        genes: what the coordinates mean, in their order; empty where nobody said.
+        objectives: how many losses a `Result` has.
     """
 
     start: Vector
@@ -31,6 +35,29 @@ class Problem:
     window: int
     seed: int
     step: float
+    genes: tuple[Gene, ...] = ()
+    objectives: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that is known of a candidate that was evaluated.
+
+    Attributes:
+        loss: finite, smaller is better: what `Optimizer.tell` is given.
+        losses: the normalised loss of every term of the objective, finite; empty for a failure.
+        violation: by how much it violates the constraints, 0 for a feasible one.
+        censored: whether its evaluation was stopped early, because it is worse than what it was compared with.
+        scores: evaluator name -> per-item scores; empty for a failure.
+        metrics: `<evaluator>.<metric>` -> value; empty for a failure.
+    """
+
+    loss: float
+    losses: tuple[float, ...] = ()
+    violation: float = 0.0
+    censored: bool = False
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Optimizer(Protocol):
@@ -44,6 +71,14 @@ class Optimizer(Protocol):
 
     def tell(self, point: Vector, loss: float) -> None:
         """The finite loss of a point, in the order of the history. The point was asked before."""
+
+
+@runtime_checkable
+class LearnsFromResults(Protocol):
+    """An optimiser that wants to know more of a candidate than one number; has it, `tell` is not called."""
+
+    def tell_result(self, point: Vector, result: Result) -> None:
+        """What is known of a point, in the order of the history. The point was asked before."""
 
 
 MakeOptimizer = Callable[[Problem], Optimizer]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from evaluators.base import Scores
 from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
 from search.genome import Genome
-from search.objective import Judgement, Objective
-from search.optimizer import MakeOptimizer, Optimizer, Problem
+from search.objective import FAILED_LOSS, Judgement, Objective
+from search.optimizer import LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
 from search.recipe import Recipe
 from search.seeds import derive_seed
 from search.soups.plan import LearnSoup
@@ -144,8 +145,15 @@ class Population:
         recipe, known_hash = self._space.decode(genome), self._space.recipe_hash(genome)
         return self._add(Candidate(len(self._candidates), SEARCHED, recipe, genome, known_hash=known_hash))
 
-    def tell(self, candidate: int, metrics: Mapping[str, float] | None) -> None:
-        """The metrics of a candidate, None for a failure. Call in the order of the history."""
+    def tell(
+        self,
+        candidate: int,
+        metrics: Mapping[str, float] | None,
+        scores: Mapping[str, Scores] | None = None,
+        *,
+        censored: bool = False,
+    ) -> None:
+        """What was measured of a candidate; metrics are None for a failure. Call in the order of the history."""
         self._metrics[candidate] = metrics
         if self.objective.needs_parents and self._parents_are_known():
             found = [metrics for id_ in self._parent_ids() if (metrics := self._metrics[id_]) is not None]
@@ -153,7 +161,18 @@ class Population:
                 self.objective = self.objective.against(found)
         asked = self._candidates[candidate]
         if self._optimizer is not None and asked.genome is not None:
-            self._optimizer.tell(asked.genome.vector(), self.objective.judge(metrics).loss)
+            result = self._result(metrics, scores or {}, censored)
+            if isinstance(self._optimizer, LearnsFromResults):
+                self._optimizer.tell_result(asked.genome.vector(), result)
+            else:
+                self._optimizer.tell(asked.genome.vector(), result.loss)
+
+    def _result(self, metrics: Mapping[str, float] | None, scores: Mapping[str, Scores], censored: bool) -> Result:
+        loss = self.objective.judge(metrics).loss
+        if metrics is None or loss >= FAILED_LOSS:
+            return Result(loss)
+        violation = self.objective.violation(metrics)
+        return Result(loss, self.objective.losses(metrics), violation, censored, scores, metrics)
 
     def judge(self, metrics: Mapping[str, float] | None) -> Judgement | None:
         """Loss and feasibility, or None while the parents that normalise them are not all told."""
@@ -200,7 +219,15 @@ class Population:
         start = starts[0] if starts else self._space.initial()
         remaining = max(self._budget - len(self._candidates), 1)
         optimizer = self._make_optimizer(
-            Problem(start.vector(), remaining, self._window, derive_seed(self._seed, "optimizer"), self._step)
+            Problem(
+                start.vector(),
+                remaining,
+                self._window,
+                derive_seed(self._seed, "optimizer"),
+                self._step,
+                self._space.genes,
+                len(self.objective.terms),
+            )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
         optimizer.suggest(start.vector())

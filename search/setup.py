@@ -78,6 +78,19 @@ def window(config: Config) -> int:
     return config.search.window or 2 * config.cluster.workers
 
 
+def first_problem(config: Config, space: Space) -> Problem:
+    """What the optimiser of a config is asked to solve, as far as it is known before generation 0."""
+    return Problem(
+        space.initial().vector(),
+        config.search.budget,
+        window(config),
+        config.seed,
+        config.search.optimizer.step,
+        space.genes,
+        len(config.objectives.terms),
+    )
+
+
 class _Faults:
     """Collects faults with their lines."""
 
@@ -150,7 +163,7 @@ def check(
         and config.search.optimizer.name not in OPTIMIZERS.names()
     ):
         try:
-            make_optimizer(Problem(space.initial().vector(), config.search.budget, window(config), config.seed, 0.1))
+            make_optimizer(first_problem(config, space))
         except UserError as error:
             faults.add(("search", "optimizer"), str(error))
     if len(checkpoints) == len(config.models.sources) + 1:

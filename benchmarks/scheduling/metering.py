@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,9 @@ class _Population(Population):
                 among.append(candidate.id)
         return candidate
 
-    def tell(self, candidate: int, metrics: Mapping[str, float] | None) -> None:
+    def tell(self, candidate: int, *args: Any, **kwargs: Any) -> None:
         with self.meter.measured("tell", [candidate]):
-            super().tell(candidate, metrics)
+            super().tell(candidate, *args, **kwargs)
 
 
 class _History(History):
