@@ -215,7 +215,7 @@ class Population:
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
         ranked = sorted(self._weights, key=lambda id_: (self.objective.judge(self._metrics[id_]).loss, id_))
-        starts = [genome for id_ in ranked if (genome := self._space.suggest(self._weights[id_])) is not None]
+        starts = [genome for id_ in ranked if (genome := self._suggested(id_)) is not None]
         start = starts[0] if starts else self._space.initial()
         remaining = max(self._budget - len(self._candidates), 1)
         optimizer = self._make_optimizer(
@@ -227,11 +227,17 @@ class Population:
                 self._step,
                 self._space.genes,
                 len(self.objective.terms),
+                self.objective.terms,
             )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
         optimizer.suggest(start.vector())
         return optimizer
+
+    def _suggested(self, candidate: int) -> Genome | None:
+        """The genome that comes closest to a recipe of generation 0."""
+        operator = self._candidates[candidate].recipe.rules[0].operator
+        return self._space.suggest(self._weights[candidate], operator)
 
     def _parent_ids(self) -> list[int]:
         return [

@@ -56,7 +56,7 @@ def _plan(setup: Setup, memory: MemoryPlan) -> dict[str, Any]:
             }
             for name, ref in setup.models.items()
         },
-        "operator": setup.space.operator,
+        "operator": config.space.operator,
         "groups": len(setup.space.groups),
         "genes": [
             {"name": gene.name, "low": gene.low, "high": gene.high, "initial": gene.initial}
