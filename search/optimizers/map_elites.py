@@ -30,6 +30,9 @@ class Options(OptimizerOptions):
     cells: int = Field(12, ge=2, le=1000, description="cells of an archive along each of its axes")
     founders: int = Field(16, ge=1, le=10_000, description="candidates near the start before the first crossover")
     crossover: float = Field(0.7, ge=0, le=1, description="share of the candidates that have two parents")
+    pressure: float = Field(
+        8.0, ge=0, le=100, description="how much more often good elites are parents: 1 as published, 0 not at all"
+    )
     mutation: float = Field(0.05, ge=0, le=1, description="deviation of mutations, as a fraction of a gene's range")
 
 
@@ -58,15 +61,16 @@ class Archive:
     def _rank(self, elite: Elite) -> tuple[float, float]:
         return elite.violation, elite.losses[self._quality]
 
-    def choices(self) -> tuple[list[Elite], NDArray[np.float64]]:
-        """The elites that can be parents, and how often each is: the product over the terms of how good it is."""
+    def choices(self, pressure: float = 1.0) -> tuple[list[Elite], NDArray[np.float64]]:
+        """The elites that can be parents, and how often each is: the product over the terms of how good it is, to the
+        power of the pressure."""
         elites = list(self.elites.values())
         elites = [elite for elite in elites if elite.violation == 0] or elites
         losses = np.array([elite.losses for elite in elites])
         low = losses.min(axis=0)
         width = losses.max(axis=0) - low
         goodness = 1 - (losses - low) / np.where(width > 0, width, 1.0)
-        return elites, np.prod(_LOW + goodness * (_HIGH - _LOW), axis=1)
+        return elites, np.prod(_LOW + goodness * (_HIGH - _LOW), axis=1) ** pressure
 
 
 class MapElites:
@@ -105,7 +109,7 @@ class MapElites:
         archive = self.archives[self._asked % len(self.archives)]
         if self._asked <= self._options.founders or not archive.elites:
             return self._genes.mutate(self._start, self._step, self._generator)
-        elites, weights = archive.choices()
+        elites, weights = archive.choices(self._options.pressure)
         sums = np.cumsum(weights)
         first, second = (
             elites[min(int(np.searchsorted(sums, drawn * sums[-1], side="right")), len(elites) - 1)]

@@ -18,14 +18,14 @@ from search.optimizer import OptimizerOptions, Problem, Result, Vector
 class Options(OptimizerOptions):
     """Options of natural_niches."""
 
-    archive: int = Field(20, ge=2, le=10_000, description="members that are kept")
+    archive: int = Field(15, ge=2, le=10_000, description="members that are kept")
     alpha: float = Field(
         1.0, ge=0, le=10, description="how hard members compete for an item: 0 not at all, 1 for equal parts of it"
     )
-    crossover: Literal["pure", "blend"] = Field(
-        "pure",
-        description="pure: before the split all genes of one parent, so that hidden states can be used again, behind "
-        "it a mix of both; blend: the ratio of the parents is turned round at the split, as published",
+    crossover: Literal["blend", "pure"] = Field(
+        "blend",
+        description="blend: the ratio of the parents is turned round at the split, as published; pure: before the "
+        "split all genes of one parent, so that hidden states can be used again, behind it a mix of both",
     )
     mutation: float = Field(0.05, ge=0, le=1, description="deviation of mutations, as a fraction of a gene's range")
 
