@@ -14,16 +14,18 @@ from pydantic import ValidationError
 
 from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
 from evaluators.registry import EVALUATORS, make_evaluator
-from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline, options_class
+from search.auto_optimizer import chosen_optimizer, optimizer_keys
+from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline
+from search.baseline import options_class as baseline_options
 from search.checkpoints.compatibility import check_compatible
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
 from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.checkpoints.view import require_model
-from search.config import Config, LoadedConfig
+from search.config import Config, LoadedConfig, OptimizerConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
-from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
+from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
 from search.recipe import ModelRef
 from search.run_log import emit
@@ -132,11 +134,6 @@ def check(
     if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
         key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
         faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
-    make_optimizer: MakeOptimizer | None = None
-    try:
-        make_optimizer = optimizer_named(config.search.optimizer.name)
-    except UserError as error:
-        faults.add(("search", "optimizer"), str(error))
     checkpoints = _checkpoints(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
@@ -155,17 +152,8 @@ def check(
         faults.add(("space", *error.key), str(error))
     if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
-    # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
-    if (
-        there
-        and space is not None
-        and make_optimizer is not None
-        and config.search.optimizer.name not in OPTIMIZERS.names()
-    ):
-        try:
-            make_optimizer(first_problem(config, space))
-        except UserError as error:
-            faults.add(("search", "optimizer"), str(error))
+    optimizer = chosen_optimizer(config, space)
+    make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
@@ -186,7 +174,7 @@ def check(
     assert space is not None
     assert make_optimizer is not None
     return Setup(
-        config=_absolute(loaded, checkpoints, evaluators, baselines),
+        config=_absolute(loaded, checkpoints, evaluators, baselines, optimizer),
         checkpoints=checkpoints,
         models=models,
         space=make_space(
@@ -276,10 +264,29 @@ def _baselines(
         try:
             found[entry.name] = check_baseline(entry.name, entry.options, facts)
         except ValidationError as error:
-            faults.lines += loaded.source.faults(error, options_class(entry.name), (*key, entry.name))
+            faults.lines += loaded.source.faults(error, baseline_options(entry.name), (*key, entry.name))
         except UserError as error:
             faults.add((*key, entry.name), str(error))
     return found
+
+
+def _optimizer(
+    loaded: LoadedConfig, section: OptimizerConfig, space: Space | None, faults: _Faults
+) -> MakeOptimizer | None:
+    """The maker of the optimiser, with its options; with a space it was tried where it may refuse."""
+    key = ("search", "optimizer")
+    try:
+        make = optimizer_named(section.name, section.options)
+        # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
+        if space is not None and section.name not in OPTIMIZERS.names():
+            make(first_problem(loaded.config, space))
+    except ValidationError as error:
+        faults.lines += loaded.source.faults(error, optimizer_keys(section.name), key)
+        return None
+    except UserError as error:
+        faults.add(key, str(error))
+        return None
+    return make
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
@@ -361,6 +368,7 @@ def _absolute(
     checkpoints: Mapping[str, Checkpoint],
     evaluators: Mapping[str, Evaluator],
     baselines: Mapping[str, BaselineOptions],
+    optimizer: OptimizerConfig,
 ) -> Config:
     """The config with every path absolute and all options, so that the run folder is enough to go on from anywhere."""
     data: dict[str, Any] = loaded.config.model_dump(mode="json")
@@ -374,6 +382,8 @@ def _absolute(
         for name, evaluator in evaluators.items()
     }
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
+    options = options_class(optimizer.name).model_validate(optimizer.options).model_dump(mode="json")
+    data["search"]["optimizer"] = {"name": optimizer.name, "step": optimizer.step, **options}
     data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     if not is_url(loaded.config.results):

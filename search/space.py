@@ -13,7 +13,8 @@ from typing import Any
 from search.config import SpaceConfig
 from search.genome import Gene, Genome
 from search.grouping import Group
-from search.parameter_genes import ParameterGenes, SpaceError, make_parameter_genes
+from search.operator_ranges import SpaceError
+from search.parameter_genes import ParameterGenes, make_parameter_genes
 from search.recipe import ModelRef, Recipe, Rule, Value
 
 __all__ = ["Space", "SpaceError", "make_space"]
@@ -46,9 +47,9 @@ class Space:
         return self.parameters.groups
 
     @property
-    def operator(self) -> str:
-        """The operator that every group uses."""
-        return self.parameters.operator
+    def operators(self) -> tuple[str, ...]:
+        """The operators that a group can use."""
+        return self.parameters.operators
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -69,6 +70,8 @@ class Space:
         Raises:
             ValueError: a genome of another length.
         """
+        if not self.parameters.fixed_structure:
+            return self.decode(genome).hash
         values, (first, *rest) = self._values(genome), self._text_between_values
         text = [first]
         for gene, piece in rest:
@@ -101,12 +104,15 @@ class Space:
         """Where the search starts when nothing better is known."""
         return Genome(tuple(gene.coordinate(gene.initial) for gene in self.genes))
 
-    def suggest(self, weights: Mapping[str, float]) -> Genome | None:
+    def suggest(self, weights: Mapping[str, float], operator: str | None = None) -> Genome | None:
         """The genome that gives every source this weight everywhere, all else at its initial value.
 
         None where the space does not search weights by source. Weights beyond the bounds are clipped.
+
+        Args:
+            operator: what to merge with, where the space has it among several; else the first that has weights.
         """
-        coordinates = self.parameters.suggest(weights)
+        coordinates = self.parameters.suggest(weights, operator)
         return None if coordinates is None else Genome(coordinates)
 
 

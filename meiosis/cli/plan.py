@@ -24,12 +24,16 @@ _MIB = 2**20
 @debug_option
 def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check CONFIG, its models, data and plug-ins; print genome, memory and cost. Spends nothing."""
+    from search.auto_optimizer import AUTO, best_for
     from search.config import load_config
     from search.setup import check
 
-    setup = check(load_config(config, overrides), report=note)
+    loaded = load_config(config, overrides)
+    setup = check(loaded, report=note)
     memory = memory_plan(setup)
     plan = _plan(setup, memory)
+    if loaded.config.search.optimizer.name == AUTO:
+        plan["optimizer_chosen"] = best_for(setup.space.genes)[1]
     if as_json:
         print_json(plan)
     else:
@@ -56,10 +60,15 @@ def _plan(setup: Setup, memory: MemoryPlan) -> dict[str, Any]:
             }
             for name, ref in setup.models.items()
         },
-        "operator": setup.space.operator,
+        "operator": config.space.operator,
         "groups": len(setup.space.groups),
         "genes": [
-            {"name": gene.name, "low": gene.low, "high": gene.high, "initial": gene.initial}
+            {
+                "name": gene.name,
+                "kind": gene.kind,
+                **({"choices": gene.choices} if gene.choices else {"low": gene.low, "high": gene.high}),
+                "initial": gene.value(gene.coordinate(gene.initial)),
+            }
             for gene in setup.space.genes
         ],
         "optimizer": config.search.optimizer.name,
@@ -89,17 +98,24 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
     genome = Table(title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left")
     for column in ("group", "tensors", "genes", "from", "to", "start"):
         genome.add_column(column)
-    for group in setup.space.groups:
-        genes = [gene for gene in setup.space.genes if gene.name.startswith(group.name + "/")]
+    tensors = {group.name: len(group.tensors) for group in setup.space.groups}
+    everywhere = {gene.name.partition("/")[0]: sum(tensors.values()) for gene in setup.space.genes}
+    for group, count in {**everywhere, **tensors}.items():
+        genes = [gene for gene in setup.space.genes if gene.name.startswith(group + "/")]
+        numbers = [gene for gene in genes if gene.ordered]
         genome.add_row(
-            group.name,
-            str(len(group.tensors)),
+            group,
+            str(count),
             ", ".join(gene.name.partition("/")[2] for gene in genes),
-            *(_spread([getattr(gene, part) for gene in genes]) for part in ("low", "high", "initial")),
+            *(_spread([getattr(gene, part) for gene in numbers]) for part in ("low", "high", "initial")),
         )
     console.print(genome)
     cost = plan["cost"]
-    console.print(f"Operator {plan['operator']}, optimizer {plan['optimizer']}. Workers run on: {plan['device']}.")
+    names = " or ".join(setup.space.operators)
+    how = f" (auto: {plan['optimizer_chosen']})" if "optimizer_chosen" in plan else ""
+    console.print(
+        f"Operator {names}, optimizer {plan['optimizer']}{how}. Workers run on: {plan['device']}.", soft_wrap=True
+    )
     for line in lines(memory, setup.config.cluster.shards):
         console.print(line, soft_wrap=True)
     for name, pools in cost["items"].items():
@@ -115,5 +131,7 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
