@@ -17,7 +17,7 @@ from search.registry import OPERATORS
 class SpaceError(UserError):
     """A space that its operator or its models do not allow; `key` is the key below `space`."""
 
-    def __init__(self, key: tuple[str, ...], message: str) -> None:
+    def __init__(self, key: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
         self.key = key
 
@@ -85,13 +85,16 @@ class ParameterGenes:
         return tuple(coordinates)
 
 
-def make_parameter_genes(config: SpaceConfig, tensors: Iterable[str], sources: Iterable[str]) -> ParameterGenes:
+def make_parameter_genes(
+    config: SpaceConfig, tensors: Iterable[str], sources: Iterable[str], *, may_be_none: bool = False
+) -> ParameterGenes:
     """The genes of a config.
 
     Args:
         config: the `space` section.
         tensors: tensor names of the base.
         sources: names of the sources, in order.
+        may_be_none: whether there is something else to search.
 
     Raises:
         SpaceError: see `make_space`.
@@ -121,7 +124,7 @@ def make_parameter_genes(config: SpaceConfig, tensors: Iterable[str], sources: I
         elif parameter.search is not None:
             low, high, initial = parameter.search
             ranges[parameter.name] = GeneRange(low=low, high=high, initial=initial)
-    if not ranges:
+    if not ranges and not may_be_none:
         raise SpaceError(("parameters",), f"nothing to search: every parameter of '{config.operator}' is fixed")
     groups = group_tensors(tensors, config.layers_per_group, config.split, config.patterns)
     unused = [name for name in config.patterns if name not in {group.name for group in groups}]

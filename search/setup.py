@@ -25,6 +25,7 @@ from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
+from search.paths.stages import in_two_stages
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -144,15 +145,18 @@ def check(
     try:
         space = make_space(
             # Without a base there are no tensors that patterns could match; all else can be checked.
-            config.space if there else config.space.model_copy(update={"patterns": {}}),
+            config.space if there else config.space.model_copy(update={"patterns": {}, "path": None}),
             tensors=_tensor_names(checkpoints) if there else (),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype,
+            model_config=checkpoints[BASE].config if there else None,
         )
     except SpaceError as error:
         faults.add(("space", *error.key), str(error))
+    if config.space.path is not None and cluster.gpus_per_worker > 1:
+        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
     if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
     # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
@@ -185,6 +189,9 @@ def check(
     emit("models_hashed")
     assert space is not None
     assert make_optimizer is not None
+    path = config.space.path
+    if path is not None and path.stage == "after":
+        make_optimizer = in_two_stages(make_optimizer, len(space.parameters.genes), path.share)
     return Setup(
         config=_absolute(loaded, checkpoints, evaluators, baselines),
         checkpoints=checkpoints,
@@ -196,6 +203,7 @@ def check(
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype or merged_dtype(checkpoints[BASE]),
+            model_config=checkpoints[BASE].config,
         ),
         evaluators=evaluators,
         metrics=metrics,
