@@ -111,7 +111,12 @@ def greedy(model: Any, *, use_cache: bool = True) -> list[list[int]]:
     """Twelve tokens generated after five, for two sequences."""
     ids = (torch.arange(10) * 11 % 40).reshape(2, 5)
     made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=use_cache, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
     )
     found: list[list[int]] = made[:, 5:].tolist()
     return found

@@ -18,7 +18,16 @@ from search.recipe import Recipe
 
 torch.set_num_threads(1)
 
-HOPS = [("merged", 0), ("merged", 2), ("other", 1), ("merged", 2), ("merged", 1), ("base", 3), ("merged", 2), ("merged", 3)]
+HOPS = [
+    ("merged", 0),
+    ("merged", 2),
+    ("other", 1),
+    ("merged", 2),
+    ("merged", 1),
+    ("base", 3),
+    ("merged", 2),
+    ("merged", 3),
+]
 SCALES = [1.0, 0.7, -1.3, 1.1, -0.6, -1.4, 1.25, 0.8]
 
 

@@ -95,8 +95,7 @@ class PathGenes:
     @cached_property
     def scales(self) -> Scales:
         """The factors between layers, and their genes."""
-        first, last = self._ends
-        slots = (*first, *self.offered, *last)
+        slots = (*self.offered, *self._ends[1])  # nothing scales what enters the first layer of a path
         return Scales(self.config.scales, self.config.pool, self.depth, self.config.repeats, slots, GROUP)
 
     @cached_property

@@ -39,7 +39,7 @@ class Scales:
         pool: names of its entries, in order.
         depth: layers of each.
         repeats: how often they are offered.
-        slots: all that can be on a path, in order.
+        slots: all that can follow another layer, in order.
         group: what stands before the slash in the names of genes.
     """
 
