@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from path_models import PREFIX, Worker, greedy, logits, path_recipe, save_model, save_pair
-from safetensors.torch import load_file
+import yaml
+from path_models import PREFIX, Worker, greedy, logits, path_recipe, save_pair
 
-from search.errors import MeiosisError
 from search.export import merge_recipe
 from search.recipe import Recipe
 
@@ -60,7 +59,7 @@ def test_the_exported_model_computes_and_generates_as_the_live_one_on_its_path(
     assert with_cache == without_cache == greedy(exported)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert exported.config.num_hidden_layers == len(HOPS)
-    again = Recipe.from_data(__import__("yaml").safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
+    again = Recipe.from_data(yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()))
     assert again.scales == recipe.scales
     assert again.layers == recipe.layers
 

@@ -60,7 +60,7 @@ class PathConfig(BaseModel):
     min_length: int | None = Field(None, ge=1, description="fewest layers of a path")
     max_length: int | None = Field(None, ge=1, description="most layers of a path; by default all that are offered")
     margin: float = Field(
-        0.2, gt=0, lt=0.5, description="how far from its threshold the choice of a layer is at the start, of 1 in all"
+        0.15, gt=0, lt=0.5, description="how far from its threshold the choice of a layer is at the start, of 1 in all"
     )
     stage: Literal["together", "after"] = Field(
         "together",

@@ -126,10 +126,11 @@ class Paths:
         slots = {name: name for name in outside}
         merged: dict[str, Rule] = {name: rules[name] for name in outside}
         places = []
-        variants: dict[object, list[tuple[int, ...]]] = {}
+        merges = {id(rule): repr((rule.operator, rule.sources, rule.parameters)) for rule in recipe.rules}
+        variants: dict[object, list[tuple[str, ...]]] = {}
         for (models, number), names in zip(hops, inside, strict=True):
             # Recipes made by hand may merge the same layer of the same models in several ways.
-            known, ways = variants.setdefault((models, number), []), tuple(id(rules[name]) for name in names)
+            known, ways = variants.setdefault((models, number), []), tuple(merges[id(rules[name])] for name in names)
             if ways not in known:
                 known.append(ways)
             bank = self._bank((models, known.index(ways)))
