@@ -25,7 +25,7 @@ from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
 from search.optimizers import optimizer_named
-from search.paths.stages import in_two_stages
+from search.paths.stages import in_two_stages, two_problems
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -92,6 +92,13 @@ def first_problem(config: Config, space: Space) -> Problem:
     )
 
 
+def _staged(config: Config, space: Space, make: MakeOptimizer) -> MakeOptimizer:
+    """The optimiser of the whole genome: one, or one for the merge and one for its path."""
+    path = config.space.path
+    after = path is not None and path.stage == "after"
+    return in_two_stages(make, len(space.parameters.genes), path.share) if path is not None and after else make
+
+
 class _Faults:
     """Collects faults with their lines."""
 
@@ -129,10 +136,7 @@ def check(
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
     faults.lines += tracker_faults(loaded)
-    cluster = config.cluster
-    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
-        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
-        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
+    _check_gpus(config, faults)
     make_optimizer: MakeOptimizer | None = None
     try:
         make_optimizer = optimizer_named(config.search.optimizer.name)
@@ -155,8 +159,6 @@ def check(
         )
     except SpaceError as error:
         faults.add(("space", *error.key), str(error))
-    if config.space.path is not None and cluster.gpus_per_worker > 1:
-        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
     if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
     # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
@@ -166,10 +168,7 @@ def check(
         and make_optimizer is not None
         and config.search.optimizer.name not in OPTIMIZERS.names()
     ):
-        try:
-            make_optimizer(first_problem(config, space))
-        except UserError as error:
-            faults.add(("search", "optimizer"), str(error))
+        _check_problems(config, space, make_optimizer, faults)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
@@ -189,9 +188,6 @@ def check(
     emit("models_hashed")
     assert space is not None
     assert make_optimizer is not None
-    path = config.space.path
-    if path is not None and path.stage == "after":
-        make_optimizer = in_two_stages(make_optimizer, len(space.parameters.genes), path.share)
     return Setup(
         config=_absolute(loaded, checkpoints, evaluators, baselines),
         checkpoints=checkpoints,
@@ -208,9 +204,22 @@ def check(
         evaluators=evaluators,
         metrics=metrics,
         objective=make_objective(config.objectives, config.constraints, metrics),
-        make_optimizer=make_optimizer,
+        make_optimizer=_staged(config, space, make_optimizer),
         data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
     )
+
+
+def _check_problems(config: Config, space: Space, make: MakeOptimizer, faults: _Faults) -> None:
+    """Report an optimiser that refuses what it will be asked to solve."""
+    problem, path = first_problem(config, space), config.space.path
+    problems: tuple[Problem, ...] = (problem,)
+    if path is not None and path.stage == "after":
+        problems = two_problems(problem, len(space.parameters.genes), path.share)
+    try:
+        for one in problems:
+            make(one)
+    except UserError as error:
+        faults.add(("search", "optimizer"), str(error))
 
 
 def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:
@@ -228,6 +237,15 @@ def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _
                 ("search", "limits", "item_evaluations"),
                 f"{items} is too small; every parent, the base and one merge take {needed} search items",
             )
+
+
+def _check_gpus(config: Config, faults: _Faults) -> None:
+    cluster = config.cluster
+    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
+        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
+        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
+    if config.space.path is not None and cluster.gpus_per_worker > 1:
+        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
 
 
 def has_gpu() -> bool:

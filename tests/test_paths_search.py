@@ -155,3 +155,16 @@ def test_a_path_over_post_norm_models_is_refused_before_anything_runs(
     path_config["space"]["path"] = {"pool": ["merged", "python"]}
     with pytest.raises(ConfigError, match=r":\d+:\d+: space\.path: layers of a 'bert' model cannot form a path"):
         setup_of(path_config, tmp_path)
+
+
+def test_the_example_over_paths_is_sound() -> None:
+    example = Path(__file__).parent.parent / "examples" / "paths.yaml"
+    config = load_config(example).config
+    assert config.space.path is not None
+    assert config.space.path.stage == "after"
+
+
+def test_a_path_over_several_gpus_is_refused(path_config: dict[str, Any], tmp_path: Path) -> None:
+    path_config["cluster"] |= {"pool": "ray", "gpus_per_worker": 2, "address": "head:6379"}
+    with pytest.raises(ConfigError, match=r"space\.path: a path cannot be laid over several GPUs yet"):
+        setup_of(path_config, tmp_path)

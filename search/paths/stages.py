@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-import numpy as np
-
 from search.optimizer import LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result, Vector
 from search.seeds import derive_seed
 
@@ -30,11 +28,9 @@ class TwoStages:
     """
 
     def __init__(self, problem: Problem, make: MakeOptimizer, parameters: int, share: float) -> None:
-        self._problem, self._make, self._parameters = problem, make, parameters
-        self._first_asks = max(1, round(share * problem.budget))
-        first = replace(
-            problem, start=problem.start[:parameters], budget=self._first_asks, genes=problem.genes[:parameters]
-        )
+        self._make, self._parameters = make, parameters
+        first, self._second = two_problems(problem, parameters, share)
+        self._first_asks = first.budget
         self._searches: list[Optimizer] = [make(first)]
         self._fixed = problem.start
         self._best: tuple[float, Vector] | None = None
@@ -74,20 +70,27 @@ class TwoStages:
     def _begin_second(self) -> None:
         if self._best is not None:
             self._fixed = self._best[1]
-        moved = self._moved(1)
-        second = replace(
-            self._problem,
-            start=np.ascontiguousarray(self._fixed[moved]),
-            budget=max(1, self._problem.budget - self._first_asks),
-            genes=self._problem.genes[moved],
-            seed=derive_seed(self._problem.seed, "path"),
-        )
-        self._searches.append(self._make(second))
-        self._searches[1].suggest(second.start)  # costs nothing: the best merge was evaluated
+        self._searches.append(self._make(self._second))
+        self._searches[1].suggest(self._second.start)  # costs nothing: the best merge was evaluated
 
     def _moved(self, stage: int) -> slice:
         """The genes of a stage."""
         return slice(None, self._parameters) if stage == 0 else slice(self._parameters, None)
+
+
+def two_problems(problem: Problem, parameters: int, share: float) -> tuple[Problem, Problem]:
+    """What each of two optimisers is asked to solve; see `TwoStages`. A path starts where it was all the time."""
+    first = max(1, round(share * problem.budget))
+    return (
+        replace(problem, start=problem.start[:parameters].copy(), budget=first, genes=problem.genes[:parameters]),
+        replace(
+            problem,
+            start=problem.start[parameters:].copy(),
+            budget=max(1, problem.budget - first),
+            genes=problem.genes[parameters:],
+            seed=derive_seed(problem.seed, "path"),
+        ),
+    )
 
 
 def in_two_stages(make: MakeOptimizer, parameters: int, share: float) -> MakeOptimizer:
