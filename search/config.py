@@ -25,6 +25,7 @@ from pydantic import (
 
 from search.errors import ConfigError
 from search.limits import LimitsConfig
+from search.paths.config import PathConfig
 from search.run_log import emit
 from search.yaml_source import YamlSource
 
@@ -130,6 +131,9 @@ class SpaceConfig(_Section):
         default_factory=dict,
         description="parameter of the operator -> bounds (searched) or a value (fixed); by default those the "
         "operator recommends to search are searched; of several operators each takes those that it has",
+    )
+    path: PathConfig | None = Field(
+        None, description="which layers run, in which order; by default those of the base, in theirs"
     )
 
     @property

@@ -12,7 +12,8 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from search.merge.apply import Merger
 from search.merge.live import Instead, LiveModel, build_live_model, model_class_of
 from search.merge.statistics import identities
 from search.model_state import model_state
+from search.paths.worker import Merged, Paths
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
 from search.recipe import Recipe
 from search.seeds import derive_seed, seeded
@@ -67,6 +69,7 @@ class Evaluation:
         # Where the files of the base are not the tensors and config that are merged, the model is made of these.
         own = tuple(checkpoints[plan.base].tensors) == tuple(opened.specs[plan.base]) and not opened.config
         self._instead = None if own else Instead(opened.tensors[plan.base], opened.config)
+        self._read_as: dict[str, str] = {}
         self._merger = Merger(
             opened.tensors,
             device=device,
@@ -77,6 +80,7 @@ class Evaluation:
             },
             names=opened.names,
             statistics=opened.statistics,
+            read_as=self._read_as,
         )
         self._names = tuple(opened.tensors[plan.base].names)
         opened_at = time.perf_counter()
@@ -100,6 +104,7 @@ class Evaluation:
         self._changed = True
         self._merger.invalidate()
         self._targets = {}
+        self._paths: Paths | None = None
         self.__dict__.pop("_model", None)
         self._let_go()
         self._model = self._live_model(self._dtype)
@@ -148,10 +153,11 @@ class Evaluation:
         started = time.perf_counter()
         merged = started
         try:
-            bytes_read = self._merger.merge_into(job.recipe, self._targets).bytes_read
-            digest = self._hash(job) if job.hash_weights else None
-            merged = time.perf_counter()
-            scores = self._score(job)
+            with self._merged(job.recipe) as candidate:
+                bytes_read = candidate.bytes_read
+                digest = hash_tensors(candidate.tensors()) if job.hash_weights else None
+                merged = time.perf_counter()
+                scores = self._score(job)
             metrics = self._aggregate(scores)
             if job.learn is not None:
                 metrics |= self._learn(job.recipe, job.learn)
@@ -185,9 +191,21 @@ class Evaluation:
             bytes_read=bytes_read,
         )
 
-    def _hash(self, job: Job) -> str:
-        """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
-        return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
+    @contextmanager
+    def _merged(self, recipe: Recipe) -> Iterator[Merged]:
+        """Run a block with a candidate in the live model. Its checkpoint has the live tensors, and those that the
+        model does not use."""
+        if recipe.scales is None:
+            bytes_read = self._merger.merge_into(recipe, self._targets).bytes_read
+            yield Merged(
+                bytes_read,
+                lambda: {**self._targets, **dict(self._merger.merge_tensors(recipe, self._elsewhere))},
+            )
+            return
+        if self._paths is None:
+            self._paths = Paths(self._model, self._merger, self._read_as, self._targets, self._names)
+        with self._paths.on(recipe) as path:
+            yield path
 
     def _score(self, job: Job) -> dict[str, Scores]:
         import torch

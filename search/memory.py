@@ -237,6 +237,9 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
     sizes = [_tensor_bytes(info.dtype, info.shape, setup.dtype) for info in tensors.values()]
     elements = [math.prod(info.shape) for info in tensors.values()]
     live = sum(sizes)
+    if setup.config.space.path is not None:  # at most, the layers on a path: each once for every entry of its pool
+        layers = sum(size for name, size in zip(tensors, sizes, strict=True) if place_of(name).layer is not None)
+        live += layers * (len(setup.config.space.path.pool) - 1)
     on_gpu = setup.device.startswith("cuda") or (setup.device == "auto" and has_gpu)
     width = _width(setup.dtype or str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32"))
     size = model_size(base.config)

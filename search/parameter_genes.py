@@ -134,13 +134,16 @@ class ParameterGenes:
         return tuple(coordinates)
 
 
-def make_parameter_genes(config: SpaceConfig, tensors: Iterable[str], sources: Iterable[str]) -> ParameterGenes:
+def make_parameter_genes(
+    config: SpaceConfig, tensors: Iterable[str], sources: Iterable[str], *, may_be_none: bool = False
+) -> ParameterGenes:
     """The genes of a config.
 
     Args:
         config: the `space` section.
         tensors: tensor names of the base.
         sources: names of the sources, in order.
+        may_be_none: whether there is something else to search.
 
     Raises:
         SpaceError: see `make_space`.
@@ -152,7 +155,7 @@ def make_parameter_genes(config: SpaceConfig, tensors: Iterable[str], sources: I
     check_parameter_names(config, operators)
     chosen = tuple(chosen_operator(config, name, operator, operators) for name, operator in operators.items())
     searched = union_of_searched(chosen)
-    if not searched and len(chosen) == 1 and not config.subset:
+    if not searched and len(chosen) == 1 and not config.subset and not may_be_none:
         raise SpaceError(("parameters",), f"nothing to search: every parameter of '{chosen[0].name}' is fixed")
     groups = group_tensors(tensors, config.layers_per_group, config.split, config.patterns)
     unused = [name for name in config.patterns if name not in {group.name for group in groups}]

@@ -27,6 +27,7 @@ from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
+from search.paths.stages import in_two_stages, two_problems
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -93,6 +94,13 @@ def first_problem(config: Config, space: Space) -> Problem:
     )
 
 
+def _staged(config: Config, space: Space, make: MakeOptimizer) -> MakeOptimizer:
+    """The optimiser of the whole genome: one, or one for the merge and one for its path."""
+    path = config.space.path
+    after = path is not None and path.stage == "after"
+    return in_two_stages(make, len(space.parameters.genes), path.share) if path is not None and after else make
+
+
 class _Faults:
     """Collects faults with their lines."""
 
@@ -130,10 +138,7 @@ def check(
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
     faults.lines += tracker_faults(loaded)
-    cluster = config.cluster
-    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
-        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
-        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
+    _check_gpus(config, faults)
     checkpoints = _checkpoints(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
@@ -141,12 +146,13 @@ def check(
     try:
         space = make_space(
             # Without a base there are no tensors that patterns could match; all else can be checked.
-            config.space if there else config.space.model_copy(update={"patterns": {}}),
+            config.space if there else config.space.model_copy(update={"patterns": {}, "path": None}),
             tensors=_tensor_names(checkpoints) if there else (),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype,
+            model_config=checkpoints[BASE].config if there else None,
         )
     except SpaceError as error:
         faults.add(("space", *error.key), str(error))
@@ -184,11 +190,12 @@ def check(
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype or merged_dtype(checkpoints[BASE]),
+            model_config=checkpoints[BASE].config,
         ),
         evaluators=evaluators,
         metrics=metrics,
         objective=make_objective(config.objectives, config.constraints, metrics),
-        make_optimizer=make_optimizer,
+        make_optimizer=_staged(config, space, make_optimizer),
         data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
     )
 
@@ -208,6 +215,15 @@ def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _
                 ("search", "limits", "item_evaluations"),
                 f"{items} is too small; every parent, the base and one merge take {needed} search items",
             )
+
+
+def _check_gpus(config: Config, faults: _Faults) -> None:
+    cluster = config.cluster
+    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
+        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
+        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
+    if config.space.path is not None and cluster.gpus_per_worker > 1:
+        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
 
 
 def has_gpu() -> bool:
@@ -270,6 +286,14 @@ def _baselines(
     return found
 
 
+def _problems(config: Config, space: Space) -> tuple[Problem, ...]:
+    """All that an optimiser will be asked to solve."""
+    problem, path = first_problem(config, space), config.space.path
+    if path is not None and path.stage == "after":
+        return two_problems(problem, len(space.parameters.genes), path.share)
+    return (problem,)
+
+
 def _optimizer(
     loaded: LoadedConfig, section: OptimizerConfig, space: Space | None, faults: _Faults
 ) -> MakeOptimizer | None:
@@ -279,7 +303,8 @@ def _optimizer(
         make = optimizer_named(section.name, section.options)
         # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
         if space is not None and section.name not in OPTIMIZERS.names():
-            make(first_problem(loaded.config, space))
+            for problem in _problems(loaded.config, space):
+                make(problem)
     except ValidationError as error:
         faults.lines += loaded.source.faults(error, optimizer_keys(section.name), key)
         return None

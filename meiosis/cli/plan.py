@@ -11,7 +11,10 @@ from meiosis.cli.common import debug_option, json_option, note, out, print_json
 from meiosis.cli.memory import as_data, lines, memory_plan
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from search.memory import MemoryPlan
+    from search.paths.genes import PathGenes
     from search.setup import Setup
 
 _MIB = 2**20
@@ -71,6 +74,7 @@ def _plan(setup: Setup, memory: MemoryPlan) -> dict[str, Any]:
             }
             for gene in setup.space.genes
         ],
+        **({"path": _path_facts(setup.space.path)} if setup.space.path is not None else {}),
         "optimizer": config.search.optimizer.name,
         "device": setup.device,
         "memory_bytes": as_data(memory),
@@ -95,13 +99,15 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
         kind = " (LoRA adapter, applied to the base on the fly)" if model["kind"] == "adapter" else ""
         models.add_row(name, model["path"] + kind, f"{model['bytes'] / _MIB:.1f}", str(model["sha256"])[:16])
     console.print(models)
-    genome = Table(title=f"Genome: {len(plan['genes'])} genes over {plan['groups']} groups", title_justify="left")
+    over = f"{plan['groups']} groups" + (" and a path" if setup.space.path is not None else "")
+    genome = Table(title=f"Genome: {len(plan['genes'])} genes over {over}", title_justify="left")
     for column in ("group", "tensors", "genes", "from", "to", "start"):
         genome.add_column(column)
     tensors = {group.name: len(group.tensors) for group in setup.space.groups}
-    everywhere = {gene.name.partition("/")[0]: sum(tensors.values()) for gene in setup.space.genes}
-    for group, count in {**everywhere, **tensors}.items():
-        genes = [gene for gene in setup.space.genes if gene.name.startswith(group + "/")]
+    parameters = setup.space.parameters.genes
+    everywhere = {gene.name.partition("/")[0]: sum(tensors.values()) for gene in parameters}
+    for group, count in {**everywhere, **tensors}.items() if parameters else ():
+        genes = [gene for gene in parameters if gene.name.startswith(group + "/")]
         numbers = [gene for gene in genes if gene.ordered]
         genome.add_row(
             group,
@@ -109,7 +115,11 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
             ", ".join(gene.name.partition("/")[2] for gene in genes),
             *(_spread([getattr(gene, part) for gene in numbers]) for part in ("low", "high", "initial")),
         )
+    if setup.space.path is not None:
+        _add_path(genome, setup.space.path)
     console.print(genome)
+    if setup.space.path is not None:
+        console.print(_path_line(setup.space.path), soft_wrap=True)
     cost = plan["cost"]
     names = " or ".join(setup.space.operators)
     how = f" (auto: {plan['optimizer_chosen']})" if "optimizer_chosen" in plan else ""
@@ -128,6 +138,30 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
         f"{'The config is sound' if memory.fits else 'It does not fit'}; nothing was spent.",
         soft_wrap=True,
     )
+
+
+def _add_path(table: Table, path: PathGenes) -> None:
+    """Rows of a genome's table for the genes of a path, which are too many to be named."""
+    for genes, what in ((path.indicators, "layers used or not"), (path.scales.genes, "scales")):
+        if genes:
+            spread = (_spread([getattr(gene, part) for gene in genes]) for part in ("low", "high", "initial"))
+            table.add_row("path", "", f"{len(genes)} {what}", *spread)
+
+
+def _path_facts(path: PathGenes) -> dict[str, Any]:
+    least, most = path.limits
+    return {**path.config.model_dump(mode="json"), "layers": path.depth, "min_length": least, "max_length": most}
+
+
+def _path_line(path: PathGenes) -> str:
+    config, (least, most) = path.config, path.limits
+    line = (
+        f"Paths: {least} to {most} layers, of {', '.join(config.pool)} with {path.depth} each, offered "
+        f"{config.repeats} time{'s' * (config.repeats > 1)}; scales by {config.scales.by}; starts as {path.first}."
+    )
+    if config.stage == "after":
+        line += f" Searched after the merge, which has {config.share:.0%} of the budget."
+    return line
 
 
 def _spread(values: list[float]) -> str:

@@ -55,6 +55,8 @@ def write_merge_file(recipe: Recipe, folder: Path = Path(), report: Callable[[st
         UserError: recipe and models do not fit.
     """
     reasons: list[str] = []
+    if any(scale != 1.0 for scale in recipe.scales or ()):
+        reasons.append("it has no scales between layers; `meiosis merge` folds those of a recipe into the weights")
     bound = bind_rules(recipe)
     method = _method(bound, reasons)
     if method is None or reasons:
