@@ -17,6 +17,7 @@ from search.baseline import Generation0, Proposal, parent_label, soup_rule, star
 from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
 from search.optimizer import LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
+from search.pareto.starts import front_ids
 from search.recipe import Recipe
 from search.seeds import derive_seed
 from search.soups.plan import LearnSoup
@@ -231,7 +232,15 @@ class Population:
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
         optimizer.suggest(start.vector())
+        if self.objective.pareto:
+            # The ends of a front are near the parents, far from the best mean.
+            ends = [self._space.suggest(self._weights[id_]) for id_ in self._front_of_generation_0()]
+            for genome in dict.fromkeys(end for end in ends if end is not None and end != start):
+                optimizer.suggest(genome.vector())
         return optimizer
+
+    def _front_of_generation_0(self) -> list[int]:
+        return front_ids(self.objective, {id_: self._metrics[id_] for id_ in self._weights})
 
     def _parent_ids(self) -> list[int]:
         return [
