@@ -155,9 +155,9 @@ class FrontTracker:
             return
         losses = self.objective.losses(trial.metrics)
         known = losses_of(self._points, len(losses))
-        if (known <= losses).all(axis=1).any():
+        if np.all(known <= np.asarray(losses), axis=1).any():
             return
-        beaten = (known >= losses).all(axis=1)
+        beaten = np.all(known >= np.asarray(losses), axis=1).tolist()
         self._points = [point for index, point in enumerate(self._points) if not beaten[index]]
         self._points.append(FrontPoint(trial.candidate, origin, losses, trial.metrics))
         self._volume = None
