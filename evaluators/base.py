@@ -134,6 +134,7 @@ class Evaluator(ABC):
         architectures: what the base must be to be scored, as suffixes of the class name in
             `config.json` (`ForCausalLM`); empty: anything.
         loss_metric: the metric that `losses` gives with a gradient; empty: there is none.
+        exact: whether the metrics are properties of the model, so that its items stand for nothing else.
     """
 
     metrics: Mapping[str, Metric]
@@ -142,6 +143,7 @@ class Evaluator(ABC):
     source: ClassVar[str] = ""
     architectures: ClassVar[tuple[str, ...]] = ()
     loss_metric: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         """`options` is an instance of this class's `Options`; opens no files."""

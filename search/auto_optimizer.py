@@ -21,17 +21,22 @@ def chosen_optimizer(config: Config, space: Space | None) -> OptimizerConfig:
     section = config.search.optimizer
     if section.name != AUTO:
         return section
-    name, _ = best_for(() if space is None else space.genes)
+    name, _ = best_for(() if space is None else space.genes, front=config.objectives.search == "pareto")
     return section.model_copy(update={"name": name})
 
 
-def best_for(genes: Sequence[Gene]) -> tuple[str, str]:
+def best_for(genes: Sequence[Gene], *, front: bool = False) -> tuple[str, str]:
     """The optimiser for a genome, and why in a few words; as `benchmarks/optimizers.py` measured it.
+
+    Args:
+        front: whether a front is searched and not one best candidate.
 
     Evolution strategies are best at numbers, and the more so the fewer there are; where genes have no order (operators,
     sources that take part) members that mate get much further. To learn how all genes depend on each other pays for a
     few of them.
     """
+    if front:
+        return "nsga2", "a front is searched"
     unordered = sum(not gene.ordered for gene in genes)
     if unordered:
         return "natural_niches", f"{unordered} of {len(genes)} genes are choices without an order"

@@ -259,13 +259,30 @@ def _as_term(value: Any) -> Any:
 
 
 class ObjectivesConfig(_Section):
-    """What is better: a weighted mean of metrics."""
+    """What is better: a weighted mean of metrics, or more in any of them (a front)."""
 
     terms: tuple[Annotated[ObjectiveTerm, BeforeValidator(_as_term)], ...] = Field(min_length=1)
     normalize: Literal["parents", "none"] = Field(
         "parents",
         description="parents: each metric is scaled to best parent = 0, worst parent = 1; none: as it is",
     )
+    search: Literal["weighted", "pareto"] = Field(
+        "weighted",
+        description="weighted: the best weighted mean; pareto: all merges that no other one beats in every metric",
+    )
+    pick: str = Field(
+        "knee",
+        description="with `search: pareto`, which point of the front is certified and exported: knee, or bounds and a "
+        "goal such as 'accuracy >= 0.9, min asr'",
+    )
+
+    @model_validator(mode="after")
+    def _front_needs_terms(self) -> Self:
+        if self.search == "pareto" and len(self.terms) < 2:
+            raise ValueError("search: pareto needs two terms or more; add one, or use search: weighted")
+        if self.search == "weighted" and "pick" in self.model_fields_set and self.pick != "knee":
+            raise ValueError("pick chooses from a front; add search: pareto, or take pick out")
+        return self
 
 
 _CONSTRAINT = re.compile(r"^\s*([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*$")

@@ -16,6 +16,7 @@ from search.bootstrap import Bootstrap, holm
 from search.driver import Driver
 from search.errors import RunError
 from search.objective import Objective
+from search.pareto.finals import choose_from_front, front_finalists, front_sentence
 from search.population import SEARCHED, Candidate
 from search.store.events import End, Trial
 from search.trials import usable_metrics
@@ -67,6 +68,7 @@ class Verdict:
         rows: baselines by value, the winner last.
         unavailable: labels of baselines that could not be evaluated.
         earlier: verdicts of this run before it was extended; each of them looked at the certify items.
+        front: of a search for a front, how the winner was chosen from it and how it compares term by term.
     """
 
     winner: int
@@ -79,6 +81,7 @@ class Verdict:
     rows: tuple[Row, ...]
     unavailable: tuple[str, ...] = ()
     earlier: int = 0
+    front: str = ""
 
     @property
     def proven(self) -> bool:
@@ -93,6 +96,8 @@ class Verdict:
                 f" The run was extended after {self.earlier} earlier verdict(s) on the same certify items: whoever "
                 "extends a run because of a verdict no longer has an unbiased one."
             )
+        if self.front:
+            missing = f" {self.front} The table compares weighted means.{missing}"
         doubt = self._doubt()
         if doubt is not None:
             return doubt + missing
@@ -106,6 +111,8 @@ class Verdict:
         """Why the found merge is not proven better, or None."""
         if not self.candidates_searched:
             return f"Nothing was searched: the budget ends with generation 0. Its best, '{self.label}', is exported."
+        if not self.searched and self.front:
+            return f"The point of the front that was chosen is the baseline '{self.label}'; it is what is exported."
         if not self.searched:
             return f"No searched merge beat the baseline '{self.label}' on the select items; it is what is exported."
         if not self.rows[-1].feasible:
@@ -150,12 +157,15 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
     """
     candidates = driver.population.candidates
     baselines = [c for c in candidates if c.genome is None and not c.step]
-    selected = {t.candidate: t for t in driver.score([*_finalists(driver, finalists), *baselines], "select")}
+    pareto = driver.population.objective.pareto
+    best_on_search = (front_finalists if pareto else _finalists)(driver, finalists)
+    selected = {t.candidate: t for t in driver.score([*best_on_search, *baselines], "select")}
     searched = [c for c in candidates if c.id in selected and c.origin == SEARCHED]
     best_searched = _best(driver, searched, selected)
     best_baseline = _best(driver, baselines, selected)
     contenders = [c for c in (best_searched, best_baseline) if c is not None]
-    winner = _best(driver, contenders, selected)
+    chosen = choose_from_front(driver, selected) if pareto else None
+    winner = chosen.candidate if chosen is not None else _best(driver, contenders, selected)
     if winner is None:
         raise RunError(
             "no candidate keeps the constraints and could be evaluated on the select items; loosen the constraints, "
@@ -165,6 +175,9 @@ def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, 
     certified = {t.candidate: t for t in driver.score([*rivals, winner], "certify")}
     verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed)
     verdict = replace(verdict, earlier=earlier)
+    if chosen is not None:
+        said = front_sentence(driver.population.objective, verdict.rows, winner.id, chosen.how)
+        verdict = replace(verdict, front=said)
     driver.history.append(End(winner.id, verdict.to_json()))
     return verdict
 
@@ -246,7 +259,9 @@ def _verdict(
 
 
 def _documents(evaluators: Mapping[str, Evaluator], trial: Trial, objective: Objective) -> int:
-    names = {term.metric.partition(".")[0] for term in objective.terms}
+    every = {term.metric.partition(".")[0] for term in objective.terms}
+    # What is known exactly, whatever the items, needs no documents.
+    names = {name for name in every if not evaluators[name].exact} or every
     return min(len({evaluators[name].document_of(item) for item in trial.scores[name].items}) for name in names)
 
 

@@ -17,6 +17,7 @@ from search.baseline import Generation0, Proposal, parent_label, soup_rule, star
 from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
 from search.optimizer import LearnsFromGeneration0, LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
+from search.pareto.starts import front_ids
 from search.recipe import Recipe
 from search.same_merge import same_merge
 from search.seeds import derive_seed
@@ -235,13 +236,20 @@ class Population:
             )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
-        if not (isinstance(optimizer, LearnsFromGeneration0) and self._hand_over(optimizer, start)):
-            optimizer.suggest(start.vector())
+        handed = self._hand_over(optimizer) if isinstance(optimizer, LearnsFromGeneration0) else set()
+        suggested = [start]
+        if self.objective.pareto:
+            # The ends of a front are near the parents, far from the best mean.
+            front = front_ids(self.objective, {id_: self._metrics[id_] for id_ in self._weights})
+            suggested += [end for id_ in front if (end := self._suggested(id_)) is not None]
+        for genome in dict.fromkeys(suggested):
+            if genome not in handed:
+                optimizer.suggest(genome.vector())
         return optimizer
 
-    def _hand_over(self, optimizer: LearnsFromGeneration0, start: Genome) -> bool:
-        """Tell an optimiser what generation 0 measured of genomes of the space; returns whether of the start too."""
-        known, start_is_known = set(), False
+    def _hand_over(self, optimizer: LearnsFromGeneration0) -> set[Genome]:
+        """Tell an optimiser what generation 0 measured of genomes of the space; returns these."""
+        known: set[Genome] = set()
         for id_, scores in self._scores.items():
             genome = self._suggested(id_)
             if genome is None or genome in known:
@@ -249,9 +257,8 @@ class Population:
             if same_merge(self._candidates[id_].recipe, self._space.decode(genome)):
                 known.add(genome)
                 optimizer.take_member(genome.vector(), self._result(self._metrics[id_], scores, censored=False))
-                start_is_known |= genome == start
         self._scores.clear()
-        return start_is_known
+        return known
 
     def _suggested(self, candidate: int) -> Genome | None:
         """The genome that comes closest to a recipe of generation 0."""

@@ -20,11 +20,13 @@ def write_report(
     candidates: int,
     ended: str = "",
     trials: Iterable[Trial] = (),
+    front: Iterable[str] = (),
 ) -> None:
     """Write `report.md` into the run folder of a search that evaluated so many candidates in these trials.
 
     Args:
         ended: sentence that says by what the search ended.
+        front: the section on the front of the run.
     """
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     scaled = "each scaled to best parent 0, worst parent 1"
@@ -43,6 +45,7 @@ def write_report(
         "",
         markdown_table(verdict),
         "",
+        *front,
         *_workers(worker_uses(trials)),
     ]
     write_atomic(folder.report, "\n".join(lines).encode())

@@ -22,6 +22,7 @@ from search.in_flight import Key
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
 from search.observing import Observer
+from search.pareto.recorded import pick_trial
 from search.pool import Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.progress import Progress, Watcher
@@ -225,7 +226,14 @@ def _hand_over(
         export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=verdict.earlier > 0)
     asked = len(driver.population.candidates)
     why = why_ended(asked, driver.limit, budget)
-    write_report(folder, setup, verdict, asked, why, driver.trials.values())
+    front: list[str] = []
+    if setup.objective.pareto:
+        from search.pareto.report import PICTURE, front_section, write_picture
+
+        front = front_section(driver, verdict.winner)
+        if write_picture(driver, verdict.winner, folder.path / PICTURE):
+            front += [f"The picture of it is `{PICTURE}`.", ""]
+    write_report(folder, setup, verdict, asked, why, driver.trials.values(), front)
     return model
 
 
@@ -269,6 +277,7 @@ def export_trial(
     *,
     overwrite: bool = False,
     places: Sequence[Path] = (),
+    pick: str | None = None,
 ) -> Candidate:
     """Write one candidate of a run, finished or not; returns the candidate.
 
@@ -277,9 +286,10 @@ def export_trial(
         out: folder to write.
         trial: id of the candidate; None for the winner, or the best so far on the search items.
         places: see `resume`.
+        pick: what to choose from the front instead, see `search.pareto.pick`; which trial that is goes to `watcher`.
 
     Raises:
-        UserError: no such candidate, nothing to export yet, or `out` is taken.
+        UserError: no such candidate, none that is as picked, nothing to export yet, or `out` is taken.
     """
     from search.export import export_candidate
 
@@ -293,6 +303,10 @@ def export_trial(
         trials = {(event.candidate, event.items): event for event in events if isinstance(event, Trial)}
     else:
         trials = replay(events, population)
+    if pick is not None:
+        picked = pick_trial(pick, trials.values(), population.objective, setup.metrics, population.candidates)
+        watcher.line(picked.sentence)
+        trial = picked.candidate
     if trial is None:
         trial = ended.winner if ended is not None else _best_so_far(trials, folder)
     if not 0 <= trial < len(population.candidates):

@@ -27,6 +27,7 @@ from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
+from search.pareto.pick import parse_pick, resolve
 from search.paths.stages import in_two_stages, two_problems
 from search.recipe import ModelRef
 from search.run_log import emit
@@ -332,6 +333,12 @@ def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working:
         look_at(term.metric, ("objectives", index) if as_list else ("objectives", "terms", index))
     for index, constraint in enumerate(config.constraints):
         look_at(constraint.metric, ("constraints", index))
+    try:
+        wanted = parse_pick(config.objectives.pick)
+        if working.issuperset(config.evaluators):
+            resolve(wanted, metrics)
+    except UserError as error:
+        faults.add(("objectives", "pick"), str(error))
 
 
 def _model_key(name: str) -> Location:

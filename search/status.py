@@ -14,6 +14,7 @@ from search.errors import MeiosisError
 from search.finals import Verdict
 from search.limits import LimitsConfig
 from search.manifest import read_manifest
+from search.pareto.recorded import tracked_front
 from search.run_log import last_events
 from search.store.copied import COPIED, read_copied
 from search.store.events import Ask, Trial
@@ -55,6 +56,8 @@ class RunStatus:
         model: exported model, where there is one.
         winner: the candidate that a finished run chose, which need not be the best on the search items.
         workers: workers and nodes of a run on Ray as its pool last saw them.
+        front, hypervolume: points of the front on the search items and the volume they dominate, see
+            `search.pareto.hypervolume`; None where no front is searched, or the parents are not known yet.
         copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
 
@@ -88,6 +91,8 @@ class RunStatus:
     ended_by: str | None = None
     sessions: int = 0
     copied_bytes: Mapping[str, int] = field(default_factory=dict)
+    front: int | None = None
+    hypervolume: float | None = None
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -138,6 +143,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     rate = _rate(searched, since) if owner else None
     used = Used.of(events, sessions, follower.search_items)
     total = len(origins) if budget.candidates is None else budget.candidates
+    front = tracked_front(manifest, searched, origins)
     return RunStatus(
         name=folder.name,
         path=str(folder.path),
@@ -169,6 +175,8 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
         copied_bytes=_copied(folder),
+        front=front.size if front else None,
+        hypervolume=front.hypervolume if front else None,
     )
 
 

@@ -36,7 +36,7 @@ def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     memory = memory_plan(setup)
     plan = _plan(setup, memory)
     if loaded.config.search.optimizer.name == AUTO:
-        plan["optimizer_chosen"] = best_for(setup.space.genes)[1]
+        plan["optimizer_chosen"] = best_for(setup.space.genes, front=setup.objective.pareto)[1]
     if as_json:
         print_json(plan)
     else:

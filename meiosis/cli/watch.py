@@ -83,6 +83,8 @@ class Watch:
         parts = []
         if state.best is not None and state.best.loss is not None and state.phase == "search":
             parts.append(f"best {state.best.loss:.4f} ({state.best_origin} {state.best.candidate})")
+        if state.hypervolume is not None and state.phase == "search":
+            parts.append(f"front {state.front}, hypervolume {state.hypervolume:.4f}")
         parts.append(f"{state.busy}/{state.workers} workers busy" if state.workers else "no workers yet")
         if state.failures:
             parts.append(f"{state.failures} failed")
