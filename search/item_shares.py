@@ -71,12 +71,14 @@ def _shares(weights: Array) -> Array:
     return np.asarray(weights / total if total > 0 else np.full(len(weights), 1 / max(len(weights), 1)), np.float64)
 
 
-def scaled(rows: Array) -> Array:
+def scaled(rows: Array, out: Array | None = None) -> Array:
     """(n_candidates, n_items) in [0, 1]: on every item the worst candidate has 0 and the best 1, all 0 where they are
-    equal. Moves the zero that resources are counted from, and keeps what is proportional."""
+    equal. Moves the zero that resources are counted from, and keeps what is proportional. `out` may be `rows`."""
     low = rows.min(axis=0)
     width = rows.max(axis=0) - low
-    return np.asarray((rows - low) / np.where(width > 0, width, 1.0), np.float64)
+    shares: Array = np.subtract(rows, low, out=out)
+    shares /= np.where(width > 0, width, 1.0)
+    return shares
 
 
 def competition(shares: Array, capacities: Array, alpha: float = 1.0, epsilon: float = 1e-9) -> Array:
@@ -88,17 +90,25 @@ def competition(shares: Array, capacities: Array, alpha: float = 1.0, epsilon: f
         capacities: (n_items,)
     """
     totals = shares.sum(axis=0)
-    # No matrix product: BLAS adds up in an order that depends on its threads.
-    return np.asarray((shares * (capacities / (totals**alpha + epsilon))).sum(axis=1), np.float64)
+    if alpha != 1:
+        totals **= alpha
+    return _weighted_sums(shares, capacities / (totals + epsilon))
 
 
-def attraction(first: int, shares: Array, capacities: Array, epsilon: float = 1e-9) -> Array:
+def attraction(first: int, shares: Array, capacities: Array, epsilon: float = 1e-9, out: Array | None = None) -> Array:
     """What others have that a candidate lacks: g(A, B) = sum_j c_j / (z_j + epsilon) max(s_Bj - s_Aj, 0) for every B,
     0 for itself (as `competition`).
 
     Args:
         first: the row of A.
+        out: room for as much as the shares, but not these: fresh memory takes longer than the sums.
     """
     totals = shares.sum(axis=0)
-    lacks = np.maximum(shares - shares[first], 0.0)
-    return np.asarray((lacks * (capacities / (totals + epsilon))).sum(axis=1), np.float64)
+    lacks = np.subtract(shares, shares[first], out=out)
+    np.maximum(lacks, 0.0, out=lacks)
+    return _weighted_sums(lacks, capacities / (totals + epsilon))
+
+
+def _weighted_sums(rows: Array, weights: Array) -> Array:
+    """Without a matrix product: BLAS adds up in an order that depends on its threads."""
+    return np.asarray(np.einsum("ij,j->i", rows, weights), np.float64)

@@ -12,6 +12,7 @@ from landscape import Landscape, population
 from test_driver import Shuffled, content, drive
 
 from evaluators.base import Scores
+from search.errors import UserError
 from search.genome import Gene
 from search.objective import FAILED_LOSS, Term
 from search.optimizer import OPTIMIZERS, LearnsFromGeneration0, LearnsFromResults, Optimizer, Problem, Result, Vector
@@ -173,6 +174,20 @@ def test_only_whole_results_of_candidates_that_worked_enter_an_archive(name: str
     found = members(optimizer)
     assert found
     assert set(found) <= kept
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("NGOpt", "crashes"),
+        ("Cobyla", "foreign"),
+        ("SPSA", "refused"),
+        ("LognormalDiscreteOnePlusOne", "repeat"),
+    ],
+)
+def test_what_cannot_carry_a_search_is_refused_for_mixed_genes_too(name: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        optimizer_named(name)(problem("mixed"))
 
 
 @pytest.mark.parametrize("name", POPULATIONS)

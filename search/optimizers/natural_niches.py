@@ -59,6 +59,9 @@ class NaturalNiches:
         self._table = ItemTable(problem.terms)
         self._suggested: deque[Vector] = deque()
         self._founders = 0
+        # Kept, since allocating them for every candidate would take longer than what is done with them.
+        self._shares: Array = np.zeros((0, 0))
+        self._room: Array = np.zeros((0, 0))
         self.members: list[Member] = []
 
     def suggest(self, point: Vector) -> None:
@@ -102,7 +105,11 @@ class NaturalNiches:
         the feasible ones, if there are any."""
         rivals = [index for index, member in enumerate(self.members) if member.violation == 0]
         rivals = rivals or list(range(len(self.members)))
-        shares = scaled(np.array([self.members[index].row for index in rivals]))
+        if not self._shares.size:
+            self._shares, self._room = np.zeros((2, self._options.archive + 1, len(self._table.capacities)))
+        shares = self._shares[: len(rivals)]
+        np.stack([self.members[index].row for index in rivals], out=shares)
+        scaled(shares, out=shares)
         fitness = np.zeros(len(self.members))
         fitness[rivals] = competition(shares, self._table.capacities, self._options.alpha)
         return fitness, shares, rivals
@@ -110,7 +117,7 @@ class NaturalNiches:
     def _child(self) -> Vector:
         fitness, shares, rivals = self._fitness()
         first = self._draw(fitness[rivals])
-        wanted = attraction(first, shares, self._table.capacities)
+        wanted = attraction(first, shares, self._table.capacities, out=self._room[: len(rivals)])
         if not wanted.any():  # none is better anywhere: any other will do
             wanted = np.ones(len(rivals))
         wanted[first] = 0.0
