@@ -155,3 +155,12 @@ def test_a_finished_run_replays_its_front(run: RunFolder) -> None:
     done = meiosis("resume", run.path)
     assert done.status == 0, done.err
     assert run.events() == before
+
+
+def test_a_pick_of_a_config_is_checked_before_anything_is_spent(family: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = front_config(family, tmp_path / "results")
+    config["objectives"]["pick"] = "python.nll <= 3, min layerss"
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(config))
+    done = meiosis("search", tmp_path / "search.yaml")
+    assert "objectives.pick: no evaluator gives 'layerss'; did you mean 'layers'" in done.err
+    assert len(done.err.strip().splitlines()) == 1

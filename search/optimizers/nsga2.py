@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.optimizer import Problem, Result, Vector
-from search.pareto.dominance import crowding_by_rank, ranks
+from search.pareto.dominance import crowding, crowding_by_rank, ranks
 
 POPULATION = 24
 """Points that are kept. A merge search has hundreds of candidates, not the tens of thousands that the 100 of the paper
@@ -72,19 +72,21 @@ class Nsga2:
         self._points = np.concatenate([self._points, point[None, :]])
         self._losses = np.concatenate([self._losses, losses]) if self._losses.size else losses
         self._violations = np.append(self._violations, result.violation)
-        self._sort()
-        if len(self._points) > POPULATION:
-            # The last front, there the most crowded point, of equal ones the oldest.
-            self._keep(np.arange(len(self._points)) != np.lexsort((self._crowding, -self._rank))[0])
-
-    def _keep(self, kept: NDArray[np.bool_]) -> None:
-        self._points, self._losses = self._points[kept], self._losses[kept]
-        self._violations = self._violations[kept]
-        self._sort()
-
-    def _sort(self) -> None:
         self._rank = ranks(self._losses, self._violations)
         self._crowding = crowding_by_rank(self._losses, self._rank)
+        if len(self._points) > POPULATION:
+            # The last front, there the most crowded point, of equal ones the oldest.
+            gone = int(np.lexsort((self._crowding, -self._rank))[0])
+            self._drop(gone)
+
+    def _drop(self, gone: int) -> None:
+        """Take away a point of the last front: the others stay where they are, its neighbours get more room."""
+        kept = np.arange(len(self._points)) != gone
+        rank = self._rank[gone]
+        self._points, self._losses = self._points[kept], self._losses[kept]
+        self._violations, self._rank, self._crowding = self._violations[kept], self._rank[kept], self._crowding[kept]
+        front = np.flatnonzero(self._rank == rank)
+        self._crowding[front] = crowding(self._losses[front])
 
     def _tournament(self) -> int:
         """The better of two random points: the lower front, then more room around it; a draw goes to the first."""
