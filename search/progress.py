@@ -19,6 +19,7 @@ class Progress:
         best, best_origin: the best feasible trial on the search items so far, and its origin.
         failures: failed trials on the search items.
         busy, workers: workers at work, and all of them.
+        arm: the search beside the main one that this is the state of; empty for the main one.
     """
 
     phase: ItemPool
@@ -29,6 +30,7 @@ class Progress:
     failures: int = 0
     busy: int = 0
     workers: int = 0
+    arm: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, why_ended
+from search.certificate import ARMS
 from search.errors import MeiosisError
 from search.finals import Verdict
 from search.limits import LimitsConfig
@@ -55,6 +57,7 @@ class RunStatus:
         model: exported model, where there is one.
         winner: the candidate that a finished run chose, which need not be the best on the search items.
         workers: workers and nodes of a run on Ray as its pool last saw them.
+        arms: searches that the winner is compared with -> candidates that were told in them.
         copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
 
@@ -87,6 +90,7 @@ class RunStatus:
     used: Mapping[str, float] = field(default_factory=dict)
     ended_by: str | None = None
     sessions: int = 0
+    arms: Mapping[str, int] = field(default_factory=dict)
     copied_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -168,8 +172,13 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         used=asdict(used),
         ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
+        arms={name: _told(folder.arms / name / "history") for name in ARMS if (folder.arms / name).is_dir()},
         copied_bytes=_copied(folder),
     )
+
+
+def _told(history: Path) -> int:
+    return sum(isinstance(event, Trial) and event.items == "search" for event in Follower(history).events())
 
 
 def _budget_at_start(search: Mapping[str, Any]) -> Budget:
