@@ -9,14 +9,14 @@ history: that of the run stays what it is, however many arms there are, and an a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluators.base import ItemPool
 from search.budget import Budget, Used, budget_in_force
-from search.certificate import ARMS, PAIRS, STANDARD, ArmName
+from search.certificate import ARMS, PAIRS, STANDARD, ArmName, CertifyConfig
 from search.config import BaselineConfig, OptimizerConfig
 from search.errors import RunError
 from search.extension import items_per_candidate
@@ -48,9 +48,8 @@ class Arms:
     """The searches beside the main one of a run.
 
     Args:
-        setup: of the run.
+        setup: of the run; its config names the arms.
         folder: where the arms have theirs.
-        names: those that are wanted, in the order in which they run.
         drive: makes their drivers.
         pool: the workers of the run.
         report: is told what begins.
@@ -59,7 +58,6 @@ class Arms:
 
     setup: Setup
     folder: Path
-    names: tuple[ArmName, ...]
     drive: DriveArm
     pool: Callable[[], Pool]
     report: Callable[[str], None]
@@ -73,7 +71,7 @@ class Arms:
         """
         if not any(candidate.origin == SEARCHED for candidate in self.main.population.candidates):
             return []
-        return [self._run(name, item_evaluations) for name in self.names]
+        return [self._run(name, item_evaluations) for name in self.setup.config.certify.arms]
 
     def _run(self, name: ArmName, item_evaluations: int) -> ArmResult:
         main, report = self.main, self.report
@@ -134,14 +132,15 @@ def placebo_models(setup: Setup) -> dict[str, ModelRef]:
     }
 
 
-def wanted_arms(folder: Path, configured: Collection[str], asked: Iterable[str]) -> tuple[ArmName, ...]:
-    """The arms of a run: those of its config, those that are asked for now, and those that were begun.
+def with_arms(setup: Setup, folder: Path, asked: Iterable[str]) -> Setup:
+    """The setup with all arms of the run: those of its config, those that are asked for now, and those begun before.
 
     What is asked for is begun with its folder: a run that is stopped then goes on with all of it.
     """
     for name in asked:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    return tuple(name for name in ARMS if name in configured or (folder / name).is_dir())
+    wanted = {name: name in setup.config.certify.arms or (folder / name).is_dir() for name in ARMS}
+    return replace(setup, config=setup.config.model_copy(update={"certify": CertifyConfig.model_validate(wanted)}))
 
 
 def _certified(driver: Driver, name: ArmName, finalists: int) -> tuple[Rival, ...]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from search.arms import Arms, wanted_arms
+from search.arms import Arms, with_arms
 from search.budget import Budget, Spending, Used, end_in_force, why_ended
 from search.certificate import ArmName
 from search.checkpoints.writing import written_sha256
@@ -162,7 +162,7 @@ def _carry_on(
             history.append(extension)
             events.append(extension)
 
-        wanted = wanted_arms(folder.arms, setup.config.certify.arms, arms)
+        setup = with_arms(setup, folder.arms, arms)
 
         def start_pool() -> Pool:
             folder.workers.mkdir(exist_ok=True)
@@ -206,9 +206,11 @@ def _carry_on(
                 with sessions.searching():
                     driver.search()
                 seen.line(why_ended(len(driver.population.candidates), driver.limit, budget))
-            if ended is None or (ended.candidates_searched and {*wanted} - {arm.name for arm in ended.arms}):
+            if ended is None or (
+                ended.candidates_searched and {*setup.config.certify.arms} - {arm.name for arm in ended.arms}
+            ):
                 drive = partial(_drive_arm, in_flight, items, progress, stop, seen.failed)
-                beside = Arms(setup, folder.arms, wanted, drive, workers.get, seen.line, driver)
+                beside = Arms(setup, folder.arms, drive, workers.get, seen.line, driver)
                 used = Used.of(history.events(), sessions, items)
                 compare = partial(beside.run, used.item_evaluations)
                 ended = finish(

@@ -28,8 +28,10 @@ _STEP = 1024 * ROW_ELEMENTS
 
 
 class Kept:
-    """Tensors that were drawn before, up to so many bytes. The first that fit stay: merges read all tensors in turn, so that to drop the
-    oldest would drop the one that is wanted next."""
+    """Tensors that were drawn before, up to so many bytes.
+
+    The first that fit stay: merges read all tensors in turn, so that to drop the oldest would drop the next one.
+    """
 
     def __init__(self, most_bytes: int = KEPT_PLACEBO_BYTES) -> None:
         self._left = most_bytes
