@@ -133,7 +133,14 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
-    state = "running" if owner else "finished" if ended and folder.best.exists() else "stopped"
+    verdict = Verdict.from_json(ended.verdict) if ended else None
+    arms: dict[str, int] = {
+        name: _told(folder.arms / name / "history") for name in ARMS if (folder.arms / name).is_dir()
+    }
+    # What was to be compared later, and is not in the verdict yet.
+    left = arms.keys() - {arm.name for arm in verdict.arms} if verdict and verdict.candidates_searched else ()
+    over = verdict is not None and not left and folder.best.exists()
+    state = "running" if owner else "finished" if over else "stopped"
     last = max((trial.recorded_at for trial in trials), default=None)
     since = datetime.fromisoformat(owner.started).timestamp() if owner else 0.0
     uses = worker_uses(trials, since)
@@ -164,7 +171,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         uses=tuple(uses),
         use=together(uses) if uses else None,
         warnings=tuple(_warnings(log)),
-        verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
+        verdict=verdict.sentence() if verdict else None,
         model=str(folder.best) if folder.best.exists() else None,
         winner=ended.winner if ended else None,
         workers=read_nodes(folder.workers),
@@ -172,7 +179,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         used=asdict(used),
         ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
-        arms={name: _told(folder.arms / name / "history") for name in ARMS if (folder.arms / name).is_dir()},
+        arms=arms,
         copied_bytes=_copied(folder),
     )
 
