@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from search.certificate import CertifyConfig
 from search.errors import ConfigError
 from search.limits import LimitsConfig
 from search.paths.config import PathConfig
@@ -400,6 +401,7 @@ class Config(_Section):
     objectives: ObjectivesConfig
     constraints: tuple[Annotated[Constraint, BeforeValidator(_as_constraint)], ...] = ()
     search: SearchConfig = SearchConfig()
+    certify: CertifyConfig = CertifyConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: tuple[TrackerConfig, ...] = Field(
         (), description="where results are shown as well, by name or as {name: options}; never stops a run"

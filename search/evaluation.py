@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from search.devices import worker_devices
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
 from search.merge.live import Instead, LiveModel, build_live_model, model_class_of
+from search.merge.random_deltas import Kept, with_random_deltas
+from search.merge.sources import TensorSource
 from search.merge.statistics import identities
 from search.model_state import model_state
 from search.paths.worker import Merged, Paths
@@ -70,18 +73,23 @@ class Evaluation:
         own = tuple(checkpoints[plan.base].tensors) == tuple(opened.specs[plan.base]) and not opened.config
         self._instead = None if own else Instead(opened.tensors[plan.base], opened.config)
         self._read_as: dict[str, str] = {}
-        self._merger = Merger(
-            opened.tensors,
+        self._new_merger = partial(
+            Merger,
             device=device,
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
-            identity={
-                **{name: ref.sha256 or ref.path for name, ref in plan.models.items()},
-                **identities(opened.statistics),
-            },
             names=opened.names,
             statistics=opened.statistics,
             read_as=self._read_as,
         )
+        self._identity = {
+            **{name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+            **identities(opened.statistics),
+        }
+        self._real, self._kept = opened.tensors, Kept()
+        self._merger = self._new_merger(opened.tensors, identity=self._identity)
+        self._of_models: tuple[tuple[str, int], ...] = ()
+        self._mergers: dict[tuple[tuple[str, int], ...], tuple[Mapping[str, TensorSource], Merger]] = {}
+        self._mergers[()] = (opened.tensors, self._merger)
         self._names = tuple(opened.tensors[plan.base].names)
         opened_at = time.perf_counter()
         model_class_of(self._folder)  # several seconds, of libraries
@@ -146,6 +154,7 @@ class Evaluation:
         """
         import torch
 
+        self._use_models_of(job.recipe)
         if self._changed:
             self._build()
 
@@ -190,6 +199,22 @@ class Evaluation:
             node=platform.node(),
             bytes_read=bytes_read,
         )
+
+    def _use_models_of(self, recipe: Recipe) -> None:
+        """Merge the real models from now on, or placebos of them: what a recipe calls its models is the same."""
+        placebos = tuple((n, ref.random_delta) for n, ref in recipe.models.items() if ref.random_delta is not None)
+        if placebos == self._of_models:
+            return
+        if placebos not in self._mergers:
+            tensors = with_random_deltas(self._real, recipe.models, recipe.base, self._kept)
+            # What is prepared for a placebo stays here: on disk, one without a content hash could not be told apart.
+            drawn = dict(placebos)
+            identity = {name: known for name, known in self._identity.items() if name not in drawn}
+            self._mergers[placebos] = (tensors, self._new_merger(tensors, identity=identity))
+        self._of_models = placebos
+        self._sources, self._merger = self._mergers[placebos]
+        self._merger.invalidate()
+        self._paths = None  # its layers are those of the other models
 
     @contextmanager
     def _merged(self, recipe: Recipe) -> Iterator[Merged]:

@@ -237,7 +237,7 @@ def write_merge(
             return Merger(
                 opened.tensors,
                 device=place,
-                identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+                identity={} if check_sources else _identity(recipe),
                 names=opened.names,
                 statistics=opened.statistics,
                 dtypes=opened.dtypes(recipe.donor),
@@ -287,6 +287,11 @@ def write_merge(
                 verify=verify,
                 meter=meter,
             )
+
+
+def _identity(recipe: Recipe) -> dict[str, str]:
+    """The bytes of the models that are merged; of a placebo there are none that have a hash."""
+    return {name: ref.sha256 or ref.path for name, ref in recipe.models.items() if ref.random_delta is None}
 
 
 def _to_hash(recipe: Recipe, every: bool) -> tuple[str, ...]:

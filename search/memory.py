@@ -31,6 +31,8 @@ WORK_SPACE_BYTES = CUDA_CONTEXT_BYTES // 2
 """What of that is not yet taken when a model is laid over several GPUs."""
 SCRATCH_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 """Elements of a block of the merge, on the CPU and on a GPU."""
+KEPT_PLACEBO_BYTES = 1 << 30
+"""Most that a worker keeps of placebos; what is beyond is drawn again whenever it is merged."""
 DEFAULT_BATCH_TOKENS = 2048
 """Taken for evaluators that have no option `batch_tokens`."""
 
@@ -55,6 +57,7 @@ class Needs:
         activations: the largest batch of any evaluator, see `activation_bytes`.
         merging: buffers of the merge, and one tensor.
         learning: a baseline that learns by gradient: a float32 model and all its activations.
+        placebos: what a worker keeps of placebos of the sources, in main memory whatever the device.
         on_gpu: whether all this is on a GPU; then a worker's main memory holds the live model while it is loaded.
         learned: the float32 model in `learning`.
         block: the largest part of the live model that is not split over GPUs.
@@ -70,11 +73,12 @@ class Needs:
     learned: int = 0
     block: int = 0
     gpus: int = 1
+    placebos: int = 0
 
     @property
     def host(self) -> int:
         """Main memory of one worker."""
-        return LIBRARY_BYTES + (CUDA_HOST_BYTES + self.live if self.on_gpu else self._work)
+        return LIBRARY_BYTES + self.placebos + (CUDA_HOST_BYTES + self.live if self.on_gpu else self._work)
 
     @property
     def gpu(self) -> int:
@@ -250,6 +254,9 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         learned = 4 * sum(elements)
         learning = learned + 4 * max(elements) + trained
     blocks = SCRATCH_ELEMENTS[on_gpu] * 4 * (len(setup.config.models.sources) + 3) * (1 if on_gpu else cluster.threads)
+    placebos = 0
+    if setup.config.certify.placebo:
+        placebos = min(KEPT_PLACEBO_BYTES, 4 * sum(elements) * len(setup.config.models.sources))
     return Needs(
         sources=sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
         live=live,
@@ -260,6 +267,7 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         learned=learned,
         block=_largest_block(dict(zip(tensors, sizes, strict=True))),
         gpus=max(1, math.ceil(cluster.gpus_per_worker)) if on_gpu else 1,
+        placebos=placebos,
     )
 
 

@@ -97,10 +97,11 @@ class Observer:
         if self._publish is not None:
             self._publish.publish(state)
         now = time.monotonic()
-        if now - self._logged[0] >= PROGRESS_SECONDS or self._logged[1] != state.phase:
-            self._logged = now, state.phase
+        phase = f"{state.arm} {state.phase}" if state.arm else state.phase
+        if now - self._logged[0] >= PROGRESS_SECONDS or self._logged[1] != phase:
+            self._logged = now, phase
             counts = {"done": state.done, "total": state.total, "busy": state.busy, "workers": state.workers}
-            emit("progress", phase=state.phase, **counts, **self._of_front())
+            emit("progress", phase=phase, **counts, **self._of_front())
 
     def recorded(self, event: Ask | Trial) -> None:
         """An ask or a trial that is in the history now."""

@@ -21,6 +21,7 @@ class Progress:
         busy, workers: workers at work, and all of them.
         front, hypervolume: points of the front on the search items and the volume they dominate, of a search for a
             front whose parents are known.
+        arm: the search beside the main one that this is the state of; empty for the main one.
     """
 
     phase: ItemPool
@@ -33,6 +34,7 @@ class Progress:
     workers: int = 0
     front: int | None = None
     hypervolume: float | None = None
+    arm: str = ""
 
 
 @dataclass(frozen=True)

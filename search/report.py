@@ -11,6 +11,7 @@ from search.store.atomic import write_atomic
 from search.store.events import Trial
 from search.store.run_folder import RunFolder
 from search.utilisation import WorkerUse, together, worker_uses
+from search.verdict_text import notes
 
 
 def write_report(
@@ -45,6 +46,7 @@ def write_report(
         "",
         markdown_table(verdict),
         "",
+        *(line for note in notes(verdict) for line in (note, "")),
         *front,
         *_workers(worker_uses(trials)),
     ]

@@ -175,7 +175,11 @@ def open_sources(
     donor = donor or (recipe.donor if recipe is not None else next(iter(checkpoints)))
     viewed = view_models(checkpoints, recipe, donor=donor)
     views = viewed.views
-    tensors = {name: view.open() for name, view in views.items()}
+    tensors: Mapping[str, TensorSource] = {name: view.open() for name, view in views.items()}
+    if recipe is not None and any(ref.random_delta is not None for ref in recipe.models.values()):
+        from search.merge.random_deltas import Kept, with_random_deltas  # needs torch
+
+        tensors = with_random_deltas(tensors, recipe.models, recipe.base, Kept(0))
     opened = OpenedSources(
         tensors,
         config=changes(checkpoints[donor].config, views[donor].config),

@@ -84,6 +84,7 @@ def _plan(setup: Setup, memory: MemoryPlan) -> dict[str, Any]:
             "workers": config.cluster.workers,
             "items": items,
             "item evaluations": config.search.budget * sum(pools["search"] for pools in items.values()),
+            "compared with": list(config.certify.arms),
         },
     }
 
@@ -133,6 +134,8 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
     if cost["limits"]:
         limits = ", ".join(f"{name} {limit}" for name, limit in cost["limits"].items())
         console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
+    if again := [arm.replace("_", " ") for arm in cost["compared with"] if arm != "standard"]:
+        console.print(f"To compare the winner with {' and '.join(again)} costs at most as much again, for each.")
     console.print(
         f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
         f"{'The config is sound' if memory.fits else 'It does not fit'}; nothing was spent.",

@@ -94,6 +94,8 @@ def _show(status: RunStatus) -> None:
         console.print(f"Best on the search items: {best}")
         for name, value in sorted(status.best_metrics.items()):
             console.print(f"  {name} {value:.4f}")
+    for name, told in status.arms.items():
+        console.print(f"Compared with {name.replace('_', ' ')}: {told} candidates told", soft_wrap=True)
     for line in (*front_lines(status), *pace(status)):
         console.print(line, soft_wrap=True)
     if status.use is not None:
