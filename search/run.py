@@ -24,6 +24,7 @@ from search.model_card import markdown_table
 from search.observing import Observer
 from search.pool import Pool, WorkerPlan
 from search.population import Candidate, Population
+from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
 from search.reopening import load_setup
 from search.replay import replay_ordered
@@ -188,6 +189,7 @@ def _carry_on(
             failed=seen.failed,
             spending=Spending(budget, items, cluster.gpus_per_worker, used.gpu_hours, lambda: sessions.search_seconds),
             recorded=seen.recorded,
+            prefix=Prefixes(tensor for group in setup.space.groups for tensor in group.tensors).of,
         )
         seen.know(driver.trials.values(), {candidate.id: candidate.origin for candidate in population.candidates})
         try:
