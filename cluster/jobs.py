@@ -10,7 +10,7 @@ import itertools
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from search.local_pool import failed, one_line
 from search.pool import Failure, Job, Outcome
 
 Key = tuple[int, ItemPool]
+
+LOOK_AHEAD = 8
+"""So many jobs, or idle workers, are looked at for the pair that suits best."""
 
 
 @dataclass(eq=False)
@@ -31,6 +34,7 @@ class Entry:
         lost_on: Ray's ids of the nodes on which its workers died, empty for one killed as overdue.
         left: node -> why the worker that had the job there is gone; it is tried on other nodes.
         failed_first: the outcome that is not believed before another worker has tried.
+        overtaken: whether one that was submitted later was given to a worker first, because it suits it better.
         submitted: when it was, in monotonic seconds.
         circumstances: what the history tells of the last attempt: `node`, `started_at`, `queue_seconds`, `bytes_moved`,
             and `evaluate_seconds` of one that was lost, of which nobody else can tell.
@@ -44,6 +48,7 @@ class Entry:
     left: dict[str, str] = field(default_factory=dict)
     failed_first: Outcome | None = None
     cancelled: bool = False
+    overtaken: bool = False
     submitted: float = field(default_factory=time.monotonic)
     circumstances: dict[str, Any] = field(default_factory=dict)
 
@@ -117,16 +122,36 @@ class JobBook:
             self._open[job.key] = entry
             self._queue.append(entry)
 
-    def next_for(self, may_run: Callable[[Entry], bool]) -> Entry | None:
-        """The next job for a worker, taken out of the queue: those that run again first.
+    def first(self) -> Entry | None:
+        """The job that waits longest, of those that no worker had before."""
+        return self._queue[0] if self.any_waiting() and self._queue else None
+
+    def next_for(
+        self, may_run: Callable[[Entry], bool], suits: Callable[[Sequence[int]], int] = lambda _: 0
+    ) -> Entry | None:
+        """The next job for a worker, taken out of the queue: those that run again first, then that of the next few
+        that suits the worker best. A job is overtaken once at most, since results are recorded in order.
 
         Args:
             may_run: whether the worker may take a job that some worker had before.
+            suits: how well the worker is prepared for a job with this prefix.
         """
         for index, entry in enumerate(self._again):
             if may_run(entry):
                 return self._again.pop(index)
-        return self._queue.popleft() if self.any_waiting() and self._queue else None
+        if not self.any_waiting() or not self._queue:
+            return None
+        best, most = 0, -1
+        for index, entry in enumerate(itertools.islice(self._queue, LOOK_AHEAD)):
+            if not entry.cancelled and (how_well := suits(entry.job.prefix)) > most:
+                best, most = index, how_well
+            if entry.overtaken and not entry.cancelled:
+                break
+        for entry in itertools.islice(self._queue, best):
+            entry.overtaken = True
+        chosen = self._queue[best]
+        del self._queue[best]
+        return chosen
 
     def put_back(self, entry: Entry) -> None:
         """Queue a job again, before all that were submitted later."""

@@ -121,6 +121,8 @@ def encode(message: Message) -> bytes:
                 "merge_seconds": message.merge_seconds,
                 "evaluate_seconds": message.evaluate_seconds,
                 "bytes_read": message.bytes_read,
+                "layers_run": message.layers_run,
+                "layers_reused": message.layers_reused,
                 "worker": message.worker,
             }
     text = json.dumps({"is": type(message).__name__, **fields}).encode()
@@ -222,10 +224,20 @@ def _outcome(fields: dict[str, Any], data: bytes, end: int) -> Outcome:
     failure = fields["failure"]
     if failure is not None:
         failure = Failure(**{name: _of(dict, "failure", failure)[name] for name in ("kind", "message", "detail")})
-    plain = ("candidate", "items", "metrics", "weights_sha256", "merge_seconds", "evaluate_seconds", "bytes_read")
-    return Outcome(scores=scores, failure=failure, **{name: fields[name] for name in plain})
+    return Outcome(scores=scores, failure=failure, **{name: fields[name] for name in _PLAIN})
 
 
+_PLAIN = (
+    "candidate",
+    "items",
+    "metrics",
+    "weights_sha256",
+    "merge_seconds",
+    "evaluate_seconds",
+    "bytes_read",
+    "layers_run",
+    "layers_reused",
+)
 _READERS: dict[str, Callable[[dict[str, Any], bytes, int], Message]] = {
     Greeting.__name__: _greeting,
     Built.__name__: _built,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.jobs import Entry
+from search.prefix.affinity import Recent
 
 Phase = Literal["starting", "building", "idle", "checking", "working", "doubted", "gone"]
 
@@ -30,6 +31,7 @@ class Slot:
         late: whether the first job had been started when it greeted.
         failed: candidates that failed on it since the last success.
         successes: how many outcomes of all workers were successes when the first of these failed.
+        recent: what the candidates that it had are made of.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Slot:
     entry: Entry | None = None
     failed: set[int] = field(default_factory=set)
     successes: int = 0
+    recent: Recent = field(default_factory=Recent)
 
     @property
     def up(self) -> bool:

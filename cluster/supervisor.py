@@ -6,6 +6,7 @@ job takes longer with more workers.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from cluster import handshake
 from cluster.calls import FOREVER, Calls
 from cluster.crew import BUILD_SECONDS, START_SECONDS, Crew, reason
 from cluster.doubts import FAILURES_IN_A_ROW, Doubts
-from cluster.jobs import Entry, JobBook, Suspects
+from cluster.jobs import LOOK_AHEAD, Entry, JobBook, Suspects
 from cluster.messages import Alive, Built, Greeting, Message, StartError, decode
 from cluster.nodes import NodeBook, is_placed, node_of
 from cluster.sharing import Sharing
@@ -228,10 +229,10 @@ class Supervisor:
         if not self._idle or not self._jobs.any_waiting() or not self._gather():
             return
         for _ in range(len(self._idle)):
-            slot = self._idle.popleft()
+            slot = self._next_idle()
             if slot.phase != "idle":  # replaced since
                 continue
-            entry = self._jobs.next_for(partial(self._may_run, slot))
+            entry = self._jobs.next_for(partial(self._may_run, slot), slot.recent.shared)
             if entry is None:
                 self._idle.append(slot)
                 if not self._jobs.any_waiting():
@@ -246,6 +247,17 @@ class Supervisor:
                 slot.phase = "checking"
                 self._calls.send(slot, slot.actor.check.remote(), now + CHECK_SECONDS)
 
+    def _next_idle(self) -> Slot:
+        """Of the workers that have waited longest, the one that keeps most of what the next job begins with."""
+        entry = self._jobs.first() if len(self._idle) > 1 else None
+        best = 0
+        if entry is not None and entry.job.prefix:
+            some = list(itertools.islice(self._idle, LOOK_AHEAD))
+            best = max(range(len(some)), key=lambda index: (some[index].recent.shared(entry.job.prefix), -index))
+        slot = self._idle[best]
+        del self._idle[best]
+        return slot
+
     def _may_run(self, slot: Slot, entry: Entry) -> bool:
         """Whether a worker may have a job that was given to others: not where it was lost, if there is a choice."""
         if self._doubts.asker(entry) is slot:
@@ -255,6 +267,7 @@ class Supervisor:
     def _start(self, slot: Slot, entry: Entry) -> None:
         self._begun = True
         entry.started(slot.host)
+        slot.recent.add(entry.job.prefix)
         slot.phase = "working"
         self._calls.send(slot, slot.actor.run.remote(entry.message), time.monotonic() + self._trial_seconds)
 

@@ -135,6 +135,9 @@ class Evaluator(ABC):
             `config.json` (`ForCausalLM`); empty: anything.
         loss_metric: the metric that `losses` gives with a gradient; empty: there is none.
         exact: whether the metrics are properties of the model, so that its items stand for nothing else.
+        plain_forward: whether `evaluate` does no more with the model than to call it: it changes no weight, not even
+            for a moment. Then what the first layers give for an input may be taken from an earlier candidate that has
+            the same ones, with the same bits. May be set on the instance, where the options decide.
     """
 
     metrics: Mapping[str, Metric]
@@ -144,6 +147,7 @@ class Evaluator(ABC):
     architectures: ClassVar[tuple[str, ...]] = ()
     loss_metric: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    plain_forward: bool = False
 
     def __init__(self, options: Any) -> None:
         """`options` is an instance of this class's `Options`; opens no files."""

@@ -360,6 +360,14 @@ class ClusterConfig(_Section):
         description="how nodes of a cluster get at models and data. auto: those that do not see the same files get "
         "copies from the driver's node once; shared: none do; copy: all do",
     )
+    reuse_gib: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="most memory, on its GPU if it has one, in which a worker keeps hidden states of candidates for "
+        "others that share their first layers; 0: none. By default half of what its node has left beside workers and "
+        "models, at most 4. Scores do not depend on it",
+    )
     check_memory: bool = Field(True, description="whether what does not fit into memory is refused before it starts")
     trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
 

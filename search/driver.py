@@ -20,6 +20,7 @@ from search.in_flight import InFlight, Key
 from search.pool import Job, Outcome, Pool
 from search.population import Candidate, Population
 from search.progress import Progress
+from search.recipe import Recipe
 from search.replay import check_ask, replay_ordered
 from search.store.events import Ask, Event, LimitReached, Trial
 from search.store.history import History
@@ -56,6 +57,7 @@ class Driver:
         failed: is told every failure, with its traceback.
         spending: the limits beside the number of candidates, and what was used of them.
         recorded: is told every ask and trial once it is in the history.
+        prefix: see `Job.prefix`.
 
     Attributes:
         limit: the limit that ended the search, if it was not its number of candidates.
@@ -73,11 +75,13 @@ class Driver:
         failed: Callable[[Outcome], None] = lambda _: None,
         spending: Spending | None = None,
         recorded: Callable[[Ask | Trial], None] = lambda _: None,
+        prefix: Callable[[Recipe], tuple[int, ...]] = lambda _: (),
     ) -> None:
         self.population, self.history, self.limits = population, history, limits
         self.trials: dict[Key, Trial] = {}
         self._spool, self._make_pool = spool, pool
         self._report, self._stop, self._failed, self._recorded = report, stop, failed, recorded
+        self._prefix = prefix
         self._pool: Pool | None = None
         self._first_with_recipe: dict[str, int] = {}
         self._copies: dict[Key, list[Key]] = {}
@@ -210,7 +214,14 @@ class Driver:
         original = self._first_with_recipe[candidate.work], items
         if original == key:
             learn = candidate.learn if items == "search" else None
-            job = Job(candidate.id, candidate.recipe, items, hash_weights=items != "search", learn=learn)
+            job = Job(
+                candidate.id,
+                candidate.recipe,
+                items,
+                hash_weights=items != "search",
+                learn=learn,
+                prefix=self._prefix(candidate.recipe),
+            )
             self._unsent.append(job)
         elif original in self.trials:
             self._in_flight.arrive(_copy(outcome_of(self.trials[original]), key))

@@ -32,6 +32,7 @@ from search.merge.statistics import identities
 from search.model_state import model_state
 from search.paths.worker import Merged, Paths
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.prefix.reuse import PrefixReuse
 from search.recipe import Recipe
 from search.seeds import derive_seed, seeded
 from search.soups.plan import LearnSoup
@@ -63,6 +64,7 @@ class Evaluation:
         device = self._devices[0]
         self._reserved = {"live": plan.beside_live, "learning": plan.beside_learning}
         self._layouts: dict[str, Layout] = {}
+        self._reuse = PrefixReuse(plan.reuse_bytes)
         self._targets: dict[str, torch.Tensor] = {}
         base = plan.models[plan.base]
         self._folder, self._device, self._dtype = Path(base.path), device, plan.dtype
@@ -114,6 +116,7 @@ class Evaluation:
         self._targets = {}
         self._paths: Paths | None = None
         self.__dict__.pop("_model", None)
+        self._reuse.clear()
         self._let_go()
         self._model = self._live_model(self._dtype)
         self._targets = self._model.targets(self._names)
@@ -152,6 +155,12 @@ class Evaluation:
         Raises:
             DeviceLostError: the accelerator is of no use to this process any more.
         """
+        outcome = self._run(job)
+        if outcome.failure is not None and outcome.failure.kind == "out_of_memory" and self._reuse.shrink():
+            outcome = self._run(job)  # the room was taken by what was kept of other candidates
+        return outcome
+
+    def _run(self, job: Job) -> Outcome:
         import torch
 
         self._use_models_of(job.recipe)
@@ -198,6 +207,8 @@ class Evaluation:
             worker=self.name,
             node=platform.node(),
             bytes_read=bytes_read,
+            layers_run=self._reuse.layers_run,
+            layers_reused=self._reuse.layers_reused,
         )
 
     def _use_models_of(self, recipe: Recipe) -> None:
@@ -238,13 +249,15 @@ class Evaluation:
         found = {}
         model = self._model.model
         state = model_state(model)
+        made_by = self._merger.fingerprints(job.recipe, self._targets)
         # Until it is seen that they left it alone, the model is not to be trusted: what was moved, wrapped
         # or replaced in it is not put right by merging again.
         self._changed = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._reuse.watching(model, self._targets, made_by) as watch:
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
+                    watch.allowed = evaluator.plain_forward
                     # The same draws for every candidate: they are compared with each other.
                     with seeded(derive_seed(self._seed, "evaluator", name), *self._devices):
                         scores = Scores.join(list(evaluator.evaluate(model, items)))

@@ -33,6 +33,8 @@ SCRATCH_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 """Elements of a block of the merge, on the CPU and on a GPU."""
 KEPT_PLACEBO_BYTES = 1 << 30
 """Most that a worker keeps of placebos; what is beyond is drawn again whenever it is merged."""
+REUSE_BYTES = 4 << 30
+"""Most that is kept of hidden states where the config does not say how much."""
 DEFAULT_BATCH_TOKENS = 2048
 """Taken for evaluators that have no option `batch_tokens`."""
 
@@ -62,6 +64,7 @@ class Needs:
         learned: the float32 model in `learning`.
         block: the largest part of the live model that is not split over GPUs.
         gpus: GPUs of one worker, over which its models are laid.
+        reuse: hidden states that are kept; None: they get a part of what is left.
     """
 
     sources: int
@@ -74,6 +77,7 @@ class Needs:
     block: int = 0
     gpus: int = 1
     placebos: int = 0
+    reuse: int | None = None
 
     @property
     def host(self) -> int:
@@ -88,12 +92,13 @@ class Needs:
     @property
     def beside_live(self) -> int:
         """What is needed on each GPU beside its share of the live model. Every one holds a batch at a time."""
-        return self.merging + max(self.activations, self.learning - self.learned + self._share(self.learned))
+        learning = self.learning - self.learned + self._share(self.learned)
+        return self.merging + (self.reuse or 0) + max(self.activations, learning)
 
     @property
     def beside_learning(self) -> int:
         """What is needed on each GPU beside its shares of the live model and of the one that learns."""
-        return self.merging + self.learning - self.learned
+        return self.merging + (self.reuse or 0) + self.learning - self.learned
 
     def fits(self, gpus: Sequence[int]) -> bool:
         """Whether one worker fits on GPUs with so many free bytes each."""
@@ -109,7 +114,7 @@ class Needs:
 
     @property
     def _work(self) -> int:
-        return self.live + self.merging + max(self.activations, self.learning)
+        return self.live + self.merging + (self.reuse or 0) + max(self.activations, self.learning)
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,13 @@ class MemoryPlan:
     def fits(self) -> bool:
         """Whether every node can hold its workers."""
         return all(share.workers <= share.most for share in self.shares)
+
+    @property
+    def reuse(self) -> int:
+        """Bytes of hidden states that each worker may keep: what was asked for, or a part of what is left."""
+        if self.needs.reuse is not None:
+            return self.needs.reuse
+        return min((_left(self.needs, share) for share in self.shares), default=0)
 
     def require(self) -> None:
         """Raise `UserError` unless all fits: how much is there, how much it takes, how many workers would fit."""
@@ -215,6 +227,18 @@ def plan_memory(needs: Needs, nodes: Sequence[Node], workers: int, gpus_per_work
     return MemoryPlan(needs, shares, workers, largest)
 
 
+def _left(needs: Needs, share: Share) -> int:
+    """Of what a node has left, how much each of its workers may keep hidden states in: half, at most `REUSE_BYTES`."""
+    if not share.workers:
+        return REUSE_BYTES
+    if needs.on_gpu:  # states are where the model is; how workers meet on the GPUs is Ray's to say
+        per_gpu = max(1, math.ceil(share.workers * needs.gpus / max(1, len(share.node.gpus))))
+        room = min(share.node.gpus, default=0) // per_gpu - needs.gpu
+    else:
+        room = (share.node.memory - needs.sources) // share.workers - needs.host
+    return max(0, min(REUSE_BYTES, room // 2))
+
+
 def _most(needs: Needs, node: Node, gpus_per_worker: float) -> int:
     """How many workers the memory of a node holds."""
     by_host = node.memory // needs.host
@@ -268,6 +292,7 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         block=_largest_block(dict(zip(tensors, sizes, strict=True))),
         gpus=max(1, math.ceil(cluster.gpus_per_worker)) if on_gpu else 1,
         placebos=placebos,
+        reuse=None if cluster.reuse_gib is None else int(cluster.reuse_gib * 2**30),
     )
 
 

@@ -145,6 +145,8 @@ def _fields(trial: Trial) -> dict[str, Any]:
         "started_at": trial.started_at,
         "bytes_read": trial.bytes_read,
         "bytes_moved": trial.bytes_moved,
+        "layers_run": trial.layers_run,
+        "layers_reused": trial.layers_reused,
         "attempts": trial.attempts,
     }
     if trial.failure_kind:

@@ -44,8 +44,10 @@ def checked(outcome: object, job: Job) -> Outcome:
     seconds = [_number(f"outcome.{name}", getattr(outcome, name)) for name in ("merge_seconds", "evaluate_seconds")]
     if not all(0 <= value <= LONGEST_SECONDS for value in seconds):  # not a number is neither
         raise ValueError(f"outcome.merge_seconds and evaluate_seconds are {seconds}, expected at least 0")
-    if type(outcome.bytes_read) is not int or not 0 <= outcome.bytes_read < 2**63:
-        raise ValueError(f"outcome.bytes_read is {outcome.bytes_read!r}, expected a number of bytes")
+    for name, what in (("bytes_read", "bytes"), ("layers_run", "layers"), ("layers_reused", "layers")):
+        count = getattr(outcome, name)
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"outcome.{name} is {count!r}, expected a number of {what}")
     _check_hash(outcome.weights_sha256)
     untrusted: Mapping[Any, Any] = outcome.metrics
     metrics: dict[str, float] = {}

@@ -36,6 +36,8 @@ class WorkerPlan:
         beside_live: bytes that a worker needs on each of several GPUs beside its part of the live model; None
             where it is not known.
         beside_learning: the same beside both the live model and one that learns.
+        reuse_bytes: most bytes of hidden states that a worker keeps on the devices of its model, for candidates whose
+            first layers are those of an earlier one; 0: none. What is computed does not depend on it.
         prepared_folder: node-local folder in which workers share what `Operator.prepare` computed. None
             leaves it to the pool: on Ray a folder of each node, in this process memory alone.
     """
@@ -51,6 +53,7 @@ class WorkerPlan:
     gpus: int = 1
     beside_live: int | None = None
     beside_learning: int | None = None
+    reuse_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Job:
     """Whether the outcome must carry the hash of the merged tensors (costs a pass over them)."""
     learn: LearnSoup | None = None
     """Better weights than the recipe's, to be learned from there and returned among the metrics."""
+    prefix: tuple[int, ...] = ()
+    """What its layers are made of, see `search.prefix.affinity`: jobs that begin alike go to the same worker."""
 
     @property
     def key(self) -> tuple[int, ItemPool]:
@@ -94,6 +99,8 @@ class Outcome:
         queue_seconds: from submission to that moment.
         bytes_read: bytes of the models that the merge read.
         bytes_moved: bytes of messages between driver and worker.
+        layers_run: layers of the model that ran, once for every forward pass.
+        layers_reused: layers that did not have to, since their result was known from an earlier candidate.
     """
 
     candidate: int
@@ -111,6 +118,8 @@ class Outcome:
     queue_seconds: float = 0.0
     bytes_read: int = 0
     bytes_moved: int = 0
+    layers_run: int = 0
+    layers_reused: int = 0
 
     @property
     def key(self) -> tuple[int, ItemPool]:
@@ -137,7 +146,7 @@ class Pool(Protocol):
         """How many of them work now."""
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Jobs start in the order of submission."""
+        """Queue a job. Jobs start in the order of submission, or nearly so: see `Job.prefix`."""
 
     def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
         """Outcomes that are there, after at least one came or `timeout` seconds went by.

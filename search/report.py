@@ -60,14 +60,16 @@ def _workers(uses: list[WorkerUse]) -> list[str]:
     lines = [
         "## Workers",
         "",
-        "Busy: the share of the time from a worker's first trial to its last in which it merged or evaluated.",
+        "Busy: the share of the time from a worker's first trial to its last in which it merged or evaluated. "
+        "Layers reused: the share of the layers of all forward passes that an earlier candidate had run.",
         "",
-        "| worker | node | trials | failed | busy | merge s | evaluate s | read GB | messages MB |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| worker | node | trials | failed | busy | merge s | evaluate s | read GB | messages MB | layers reused |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for use in [*uses, together(uses)] if len(uses) > 1 else uses:
         busy = "" if use.busy is None else f"{100 * use.busy:.0f} %"
         seconds = f"{use.merge_seconds:.1f} | {use.evaluate_seconds:.1f}"
-        moved = f"{use.bytes_read / 1e9:.3f} | {use.bytes_moved / 1e6:.2f}"
+        reused = "" if use.reused is None else f"{100 * use.reused:.0f} %"
+        moved = f"{use.bytes_read / 1e9:.3f} | {use.bytes_moved / 1e6:.2f} | {reused}"
         lines.append(f"| {use.worker} | {use.node} | {use.trials} | {use.failures} | {busy} | {seconds} | {moved} |")
     return [*lines, ""]

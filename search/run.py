@@ -28,6 +28,7 @@ from search.observing import Observer
 from search.pareto.recorded import pick_trial
 from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
+from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
 from search.reopening import load_setup
 from search.replay import replay_ordered
@@ -200,6 +201,7 @@ def _carry_on(
             failed=seen.failed,
             spending=Spending(budget, items, cluster.gpus_per_worker, used.gpu_hours, lambda: sessions.search_seconds),
             recorded=seen.recorded,
+            prefix=Prefixes(tensor for group in setup.space.groups for tensor in group.tensors).of,
         )
         seen.know(driver.trials.values(), {candidate.id: candidate.origin for candidate in population.candidates})
         try:

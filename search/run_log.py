@@ -10,7 +10,7 @@
 | ray_starting, ray_up | info | address: of the head; null before one of our own is there |
 | message | info | `text`: a line that the person at the terminal sees as well |
 | asked | info | candidate, origin |
-| trial | info, or warning for a failure | candidate, items, worker, node, merge_seconds, evaluate_seconds, queue_seconds, started_at (Unix), attempts, bytes_read, bytes_moved, loss, feasible; kind and why of a failure |
+| trial | info, or warning for a failure | candidate, items, worker, node, merge_seconds, evaluate_seconds, queue_seconds, started_at (Unix), attempts, bytes_read, bytes_moved, layers_run, layers_reused, loss, feasible; kind and why of a failure |
 | failure | warning | candidate, items, detail: a traceback |
 | progress | info | phase (`search`, or `placebo search` of a search beside the main one), done, total, busy, workers; every few seconds |
 | worker_ready | info | worker, node; on Ray greeted_at (Unix), when its first call was answered, which took hello_seconds; build_seconds of the second, and of these model_seconds and evaluator_seconds, the rest being libraries |

@@ -53,6 +53,8 @@ def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -
         queue_seconds=outcome.queue_seconds,
         bytes_read=outcome.bytes_read,
         bytes_moved=outcome.bytes_moved,
+        layers_run=outcome.layers_run,
+        layers_reused=outcome.layers_reused,
     )
 
 
@@ -75,6 +77,8 @@ def outcome_of(trial: Trial) -> Outcome:
         queue_seconds=trial.queue_seconds,
         bytes_read=trial.bytes_read,
         bytes_moved=trial.bytes_moved,
+        layers_run=trial.layers_run,
+        layers_reused=trial.layers_reused,
     )
 
 

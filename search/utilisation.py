@@ -21,6 +21,7 @@ class WorkerUse:
             histories of older versions. Of all workers: the sum.
         bytes_read: bytes of the models that its merges read.
         bytes_moved: bytes of messages between it and the driver.
+        layers_run, layers_reused: layers that ran, and those whose result was known from an earlier candidate.
         last_end: Unix time in seconds at which its last trial ended.
         busy: share of its time, 0 to 1, in which it merged or evaluated; None where that was not recorded.
     """
@@ -34,8 +35,16 @@ class WorkerUse:
     span_seconds: float = 0.0
     bytes_read: int = 0
     bytes_moved: int = 0
+    layers_run: int = 0
+    layers_reused: int = 0
     last_end: float = 0.0
     busy: float | None = None
+
+    @property
+    def reused(self) -> float | None:
+        """Share of the layers, 0 to 1, that did not have to run; None where none were counted."""
+        layers = self.layers_run + self.layers_reused
+        return self.layers_reused / layers if layers else None
 
     def with_busy(self) -> WorkerUse:
         """The same with `busy` from the rest."""
@@ -70,6 +79,8 @@ def together(uses: Iterable[WorkerUse]) -> WorkerUse:
         span_seconds=sum(use.span_seconds for use in found),
         bytes_read=sum(use.bytes_read for use in found),
         bytes_moved=sum(use.bytes_moved for use in found),
+        layers_run=sum(use.layers_run for use in found),
+        layers_reused=sum(use.layers_reused for use in found),
         last_end=max((use.last_end for use in found), default=0.0),
     ).with_busy()
 
@@ -87,6 +98,8 @@ def _use(worker: str, node: str, trials: list[Trial]) -> WorkerUse:
         span_seconds=max(ends) - min(starts) if min(starts) > 0 else 0.0,
         bytes_read=sum(trial.bytes_read for trial in trials),
         bytes_moved=sum(trial.bytes_moved for trial in trials),
+        layers_run=sum(trial.layers_run for trial in trials),
+        layers_reused=sum(trial.layers_reused for trial in trials),
         last_end=max(ends) if min(starts) > 0 else 0.0,
     ).with_busy()
 

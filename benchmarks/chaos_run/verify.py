@@ -21,6 +21,8 @@ CIRCUMSTANCES = frozenset(
         "queue_seconds",
         "bytes_read",
         "bytes_moved",
+        "layers_run",
+        "layers_reused",
         "crc32",
     }
 )

@@ -51,6 +51,7 @@ class MultipleChoice(ItemEvaluator):
     source = "Brown et al. 2020, https://arxiv.org/abs/2005.14165; lm-evaluation-harness"
     architectures = CAUSAL_ARCHITECTURES
     loss_metric = "nll"
+    plain_forward = True
     options: MultipleChoiceOptions
 
     def parse(self, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -61,6 +61,7 @@ class Perplexity(ItemEvaluator):
     source = "Jelinek 1977, https://doi.org/10.1121/1.2016299"
     architectures = CAUSAL_ARCHITECTURES
     loss_metric = "nll"
+    plain_forward = True
     reads_text = True
     options: PerplexityOptions
 

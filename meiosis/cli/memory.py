@@ -44,7 +44,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
 
 
 @contextmanager
-def planned(setup: Setup, log: Path | None = None) -> Iterator[None]:
+def planned(setup: Setup, log: Path | None = None) -> Iterator[MemoryPlan]:
     """What is done inside is done if the workers of a search fit; Ray that was joined to see it stays until its end.
 
     Args:
@@ -62,13 +62,14 @@ def planned(setup: Setup, log: Path | None = None) -> Iterator[None]:
 
         session = open_session(cluster.address, log=log)
     try:
+        plan = memory_plan(setup)
         try:
-            memory_plan(setup).require()
+            plan.require()
         except UserError as error:
             if cluster.check_memory:
                 raise
             say(f"going on all the same: {error}")
-        yield
+        yield plan
     finally:
         if session is not None:
             session.close()
@@ -100,6 +101,7 @@ def as_data(plan: MemoryPlan) -> dict[str, Any]:
         "live model of one worker": needs.live,
         "activations of one worker": needs.activations,
         "buffers of one worker": needs.merging,
+        "hidden states kept by one worker": plan.reuse,
         "learned soup of one worker": needs.learning,
         "main memory of one worker": needs.host,
         "GPU memory of one worker": needs.gpu * needs.gpus,
@@ -130,10 +132,15 @@ def lines(plan: MemoryPlan, shards: str) -> list[str]:
     if needs.learning:
         parts.append(f"or {gib(needs.learning)} while it learns a soup")
     parts.append(f"{gib(needs.merging)} of buffers")
+    kept = ""
     own = f"{gib(needs.host)} of memory" + (f" and {gib(needs.gpu)} of {_its_gpus(needs.gpus)}" if needs.on_gpu else "")
+    if needs.reuse:
+        parts.append(f"{gib(needs.reuse)} of hidden states that are kept")
+    elif plan.reuse:
+        kept = f"; {gib(plan.reuse)} of what is left are for hidden states"
     found = [
         f"Memory: {gib(needs.sources)} of sources, mapped once and shared by all workers of a node. Each worker: "
-        f"{', '.join(parts)}; with libraries {own}."
+        f"{', '.join(parts)}; with libraries {own}{kept}."
     ]
     for share in plan.shares:
         node, used = share.node, needs.host * share.workers

@@ -69,7 +69,7 @@ def workers_table(uses: Sequence[WorkerUse], use: WorkerUse, most: int = MOST_RO
     table = Table()
     for column in ("worker", "node"):
         table.add_column(column, no_wrap=True)
-    for column in ("trials", "failed", "busy", "merge s", "evaluate s", "read GB", "messages MB"):
+    for column in ("trials", "failed", "busy", "merge s", "evaluate s", "read GB", "messages MB", "reused"):
         table.add_column(column, justify="right", no_wrap=True)
     # Where there are too many, those that were heard of last: the others may be gone.
     shown = list(uses) if len(uses) <= most else sorted(uses, key=lambda one: -one.last_end)[: max(0, most)]
@@ -84,6 +84,7 @@ def workers_table(uses: Sequence[WorkerUse], use: WorkerUse, most: int = MOST_RO
             f"{one.evaluate_seconds:.1f}",
             f"{one.bytes_read / 1e9:.3f}",
             f"{one.bytes_moved / 1e6:.2f}",
+            "" if one.reused is None else f"{100 * one.reused:.0f} %",
             style="bold" if one is use else None,
             end_section=bool(shown) and one is shown[-1],
         )

@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 def make_pool(setup: Setup, plan: WorkerPlan, folder: Path) -> Pool:
     """The workers that a config asks for."""
+    from search.worker_plan import with_room
+
     cluster = setup.config.cluster
     if cluster.pool == "local":
         from search.local_pool import LocalPool
 
-        with planned(setup):
-            return LocalPool(plan, cluster.workers)
+        with planned(setup) as memory:
+            return LocalPool(with_room(plan, setup, memory), cluster.workers)
     from cluster.pool import RayPool
 
-    with planned(setup, folder / "ray.log"):
+    with planned(setup, folder / "ray.log") as memory:
         return RayPool(
-            plan,
+            with_room(plan, setup, memory),
             workers=cluster.workers,
             address=cluster.address,
             trial_seconds=cluster.trial_seconds,

@@ -133,11 +133,11 @@ class Merger:
         began = time.perf_counter()
         rules = self._assign(recipe, targets, names)
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-        fingerprints = {id(rule): (*rule.fingerprint, dtype) for rule in {id(r): r for r in rules.values()}.values()}
+        fingerprints = self._fingerprints(rules, dtype)
         written = bytes_read = 0
         with torch.no_grad():
             for name, rule in rules.items():
-                fingerprint = fingerprints[id(rule)]
+                fingerprint = fingerprints[name]
                 if self._holds(name, fingerprint, targets[name]):
                     continue
                 self._written.pop(name, None)  # a merge that fails half-way leaves nothing to trust
@@ -175,6 +175,18 @@ class Merger:
             with torch.no_grad():
                 self._merge(name, rules[name], merged, None)
             yield name, merged
+
+    def fingerprints(self, recipe: Recipe, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
+        """Tensor -> what decides its bits, beside the models: equal for two recipes exactly where they make it alike.
+
+        Raises: as `merge_into`, for what is wrong with the recipe alone.
+        """
+        return self._fingerprints(self._assign(recipe, names), getattr(torch, recipe.dtype) if recipe.dtype else None)
+
+    @staticmethod
+    def _fingerprints(rules: Mapping[str, BoundRule], dtype: torch.dtype | None) -> dict[str, tuple[object, ...]]:
+        known = {id(rule): (*rule.fingerprint, dtype) for rule in {id(r): r for r in rules.values()}.values()}
+        return {name: known[id(rule)] for name, rule in rules.items()}
 
     def invalidate(self) -> None:
         """Forget what the targets hold: the next merge writes every tensor."""

@@ -87,6 +87,8 @@ class Trial(Recorded):
         queue_seconds: from submission to that moment.
         bytes_read: bytes of the models that the merge read.
         bytes_moved: bytes of messages between driver and worker.
+        layers_run: layers of the model that ran, once for every forward pass.
+        layers_reused: layers that did not have to, since their result was known from an earlier candidate.
     """
 
     candidate: int
@@ -108,6 +110,8 @@ class Trial(Recorded):
     queue_seconds: float = 0.0
     bytes_read: int = 0
     bytes_moved: int = 0
+    layers_run: int = 0
+    layers_reused: int = 0
 
     def deterministic(self) -> Content:
         return (
@@ -130,7 +134,7 @@ class Trial(Recorded):
             self.started_at,
             self.queue_seconds,
         )
-        moved = (self.bytes_read, self.bytes_moved)
+        moved = (self.bytes_read, self.bytes_moved, self.layers_run, self.layers_reused)
         return (*map(bits, seconds), self.worker, self.node, self.attempts, self.failure_message, *moved)
 
 
