@@ -132,7 +132,7 @@ class Evaluator(ABC):
         help: one line for `meiosis evaluators`.
         source: paper or origin of the method, may be empty.
         architectures: what the base must be to be scored, as suffixes of the class name in
-            `config.json` (`ForCausalLM`); empty: anything.
+            `config.json` (`ForCausalLM`); empty: anything. Options may decide, as with `metrics`.
         loss_metric: the metric that `losses` gives with a gradient; empty: there is none.
     """
 
@@ -140,7 +140,7 @@ class Evaluator(ABC):
     Options: ClassVar[type[Options]] = Options
     help: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    architectures: ClassVar[tuple[str, ...]] = ()
+    architectures: tuple[str, ...] = ()
     loss_metric: ClassVar[str] = ""
 
     def __init__(self, options: Any) -> None:
