@@ -175,7 +175,7 @@ class Evaluation:
                 bytes_read = candidate.bytes_read
                 digest = hash_tensors(candidate.tensors()) if job.hash_weights else None
                 merged = time.perf_counter()
-                scores = self._score(job)
+                scores = self._score(job, candidate)
             metrics = self._aggregate(scores)
             if job.learn is not None:
                 metrics |= self._learn(job.recipe, job.learn)
@@ -226,6 +226,7 @@ class Evaluation:
         self._sources, self._merger = self._mergers[placebos]
         self._merger.invalidate()
         self._paths = None  # its layers are those of the other models
+        self._reuse.clear()
 
     @contextmanager
     def _merged(self, recipe: Recipe) -> Iterator[Merged]:
@@ -236,6 +237,8 @@ class Evaluation:
             yield Merged(
                 bytes_read,
                 lambda: {**self._targets, **dict(self._merger.merge_tensors(recipe, self._elsewhere))},
+                self._targets,
+                self._merger.fingerprints(recipe, self._targets),
             )
             return
         if self._paths is None:
@@ -243,18 +246,20 @@ class Evaluation:
         with self._paths.on(recipe) as path:
             yield path
 
-    def _score(self, job: Job) -> dict[str, Scores]:
+    def _score(self, job: Job, candidate: Merged) -> dict[str, Scores]:
         import torch
 
         found = {}
         model = self._model.model
         state = model_state(model)
-        made_by = self._merger.fingerprints(job.recipe, self._targets)
         # Until it is seen that they left it alone, the model is not to be trusted: what was moved, wrapped
         # or replaced in it is not put right by merging again.
         self._changed = True
         try:
-            with torch.no_grad(), self._reuse.watching(model, self._targets, made_by) as watch:
+            with (
+                torch.no_grad(),
+                self._reuse.watching(model, candidate.targets, candidate.made_by, candidate.along) as watch,
+            ):
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
                     watch.allowed = evaluator.plain_forward

@@ -176,12 +176,19 @@ class Merger:
                 self._merge(name, rules[name], merged, None)
             yield name, merged
 
-    def fingerprints(self, recipe: Recipe, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
+    def fingerprints(
+        self, recipe: Recipe, names: Iterable[str], every: Iterable[str] | None = None
+    ) -> dict[str, tuple[object, ...]]:
         """Tensor -> what decides its bits, beside the models: equal for two recipes exactly where they make it alike.
+
+        Args:
+            every: see `merge_into`.
 
         Raises: as `merge_into`, for what is wrong with the recipe alone.
         """
-        return self._fingerprints(self._assign(recipe, names), getattr(torch, recipe.dtype) if recipe.dtype else None)
+        return self._fingerprints(
+            self._assign(recipe, names, every), getattr(torch, recipe.dtype) if recipe.dtype else None
+        )
 
     @staticmethod
     def _fingerprints(rules: Mapping[str, BoundRule], dtype: torch.dtype | None) -> dict[str, tuple[object, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from search.paths.families import Family
@@ -30,14 +31,22 @@ def hop(layer: torch.nn.Module, index: int, scale: float) -> torch.nn.Module:
     """
     found = _shallow(layer, index)
     if scale != 1.0:
-
-        def scaled(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (args[0] * scale, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * scale}
-
-        found.register_forward_pre_hook(scaled, with_kwargs=True)
+        # Not by a hook: whoever looks at the state between two layers sees it before it is scaled.
+        found.__class__ = _scaled_kind(type(found))
+        found.entry_scale = scale
     return found
+
+
+@cache
+def _scaled_kind(kind: type[Any]) -> type[Any]:
+    """The class of a layer that scales the hidden state on entry."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return kind.forward(self, args[0] * self.entry_scale, *args[1:], **kwargs)
+        return kind.forward(self, **{**kwargs, "hidden_states": kwargs["hidden_states"] * self.entry_scale})
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _shallow(module: torch.nn.Module, index: int) -> torch.nn.Module:

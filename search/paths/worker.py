@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from search.layer_config import changed_config
@@ -15,6 +16,7 @@ from search.merge.live import LiveModel
 from search.paths.families import family_of
 from search.paths.fold import fold_of
 from search.paths.hops import layers_of, on_path
+from search.prefix.contents import Contents, digest, plain
 from search.recipe import Recipe, Rule
 
 if TYPE_CHECKING:
@@ -28,10 +30,16 @@ class Merged:
     Attributes:
         bytes_read: of the models, for the merge.
         tensors: makes the tensors of the checkpoint that the candidate is; of a path with its scales folded in.
+        targets: the tensors of the live model outside of a path.
+        made_by: what each of them is made by, see `Merger.fingerprints`.
+        along: see `PrefixReuse.watching`.
     """
 
     bytes_read: int
     tensors: Callable[[], dict[str, torch.Tensor]]
+    targets: Mapping[str, torch.Tensor]
+    made_by: Mapping[str, object]
+    along: Callable[[Contents], Contents] = lambda contents: contents
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,30 @@ class Paths:
         configs = dict.fromkeys(recipe.models, self._config)
         config = changed_config(configs, depths, recipe.layers, recipe.donor)
         with on_path(self._model, self._family, layers, recipe.scales, config):
-            yield Merged(bytes_read, tensors)
+            yield self._merged(recipe, path, names, bytes_read, tensors)
+
+    def _merged(
+        self,
+        recipe: Recipe,
+        path: _Unrolled,
+        names: tuple[str, ...],
+        bytes_read: int,
+        tensors: Callable[[], dict[str, torch.Tensor]],
+    ) -> Merged:
+        made_by = self._merger.fingerprints(path.recipe, names, names)
+        outside = [name for name in (*self._stack.before, *self._stack.after) if name in self._targets]
+        layers = tuple(
+            digest(scale, *((slot, plain(made_by[slot])) for slot in map(partial(_slot, bank), own.values())))
+            for (bank, number), scale in zip(path.hops, recipe.scales or (), strict=True)
+            for own in (self._stack.layers[number],)
+        )
+        return Merged(
+            bytes_read,
+            tensors,
+            {name: self._targets[name] for name in outside},
+            {name: made_by[name] for name in outside},
+            lambda contents: Contents(contents.before, layers),
+        )
 
     def _unrolled(self, recipe: Recipe) -> _Unrolled:
         stack = self._stack
