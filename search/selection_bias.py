@@ -4,8 +4,8 @@ The best of K candidates on the search items is partly the luckiest (Andrews, Ki
 Winners, https://doi.org/10.1093/qje/qjad043). How lucky is found by doing it again: documents are drawn with
 replacement, the finalists are chosen anew on the draw, and their scores there are compared with those on all
 documents (the optimism of Efron & Tibshirani 1993, chapter 17). The same draws serve all candidates, so what makes a
-draw easy for every one of them is no luck of a winner. Where all candidates are equally good this takes away about 70 %
-of the flattery, and nothing where the best is far ahead; it never takes away too much on average.
+draw easy for every one of them is no luck of a winner. Among equals, where the flattery
+is greatest, part of it stays (simulations in tests/test_verdict_statistics.py); of a winner far ahead nothing is taken.
 """
 
 from __future__ import annotations
