@@ -122,6 +122,7 @@ def encode(message: Message) -> bytes:
                 "evaluate_seconds": message.evaluate_seconds,
                 "bytes_read": message.bytes_read,
                 "worker": message.worker,
+                "censored": message.censored,
             }
     text = json.dumps({"is": type(message).__name__, **fields}).encode()
     data = b"".join((_HEAD.pack(_MAGIC, len(text)), text, *floats))
@@ -223,7 +224,8 @@ def _outcome(fields: dict[str, Any], data: bytes, end: int) -> Outcome:
     if failure is not None:
         failure = Failure(**{name: _of(dict, "failure", failure)[name] for name in ("kind", "message", "detail")})
     plain = ("candidate", "items", "metrics", "weights_sha256", "merge_seconds", "evaluate_seconds", "bytes_read")
-    return Outcome(scores=scores, failure=failure, **{name: fields[name] for name in plain})
+    censored = _of(bool, "censored", fields["censored"])
+    return Outcome(scores=scores, failure=failure, censored=censored, **{name: fields[name] for name in plain})
 
 
 _READERS: dict[str, Callable[[dict[str, Any], bytes, int], Message]] = {

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
 from search.checkpoints.fingerprint import hash_tensors
@@ -27,6 +29,8 @@ from search.merge.live import Instead, LiveModel, build_live_model, model_class_
 from search.merge.statistics import identities
 from search.model_state import model_state
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.racing.ladder import item_order
+from search.racing.race import Race
 from search.recipe import Recipe
 from search.seeds import derive_seed, seeded
 from search.soups.plan import LearnSoup
@@ -151,7 +155,7 @@ class Evaluation:
             bytes_read = self._merger.merge_into(job.recipe, self._targets).bytes_read
             digest = self._hash(job) if job.hash_weights else None
             merged = time.perf_counter()
-            scores = self._score(job)
+            scores, censored = self._score(job)
             metrics = self._aggregate(scores)
             if job.learn is not None:
                 metrics |= self._learn(job.recipe, job.learn)
@@ -183,13 +187,37 @@ class Evaluation:
             worker=self.name,
             node=platform.node(),
             bytes_read=bytes_read,
+            censored=censored and failure is None,
         )
 
     def _hash(self, job: Job) -> str:
         """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
         return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
 
-    def _score(self, job: Job) -> dict[str, Scores]:
+    def _score(self, job: Job) -> tuple[dict[str, Scores], bool]:
+        """Scores of the items of the job, and whether it was stopped before it had those of all."""
+        if job.race is None:
+            items = {name: evaluator.items(job.items) for name, evaluator in self._evaluators.items()}
+            return self._scores_of(items), False
+        return self._run(job, job.race)
+
+    def _run(self, job: Job, race: Race) -> tuple[dict[str, Scores], bool]:
+        """The scores of a race, in its order of items."""
+        every = self._evaluators.items()
+        orders = {name: item_order(self._seed, name, tuple(each.items(job.items))) for name, each in every}
+        found: dict[str, Scores] = {}
+        for rung, sizes in enumerate(race.rungs):
+            begun = {name: len(found[name].items) if found else 0 for name in sizes}
+            chunk = self._scores_of({name: orders[name][begun[name] : size] for name, size in sizes.items()}, rung)
+            for name, scores in chunk.items():
+                added = _in_order(scores, orders[name][begun[name] : sizes[name]])
+                found[name] = Scores.join([found[name], added]) if name in found else added
+            if race.stops(rung, found):
+                return found, True
+        return found, False
+
+    def _scores_of(self, items: Mapping[str, Sequence[str]], rung: int = 0) -> dict[str, Scores]:
+        """Evaluator -> scores of these items; `rung` counts the parts in which the items of a pool are scored."""
         import torch
 
         found = {}
@@ -201,11 +229,11 @@ class Evaluation:
         try:
             with torch.no_grad():
                 for name, evaluator in self._evaluators.items():
-                    items = evaluator.items(job.items)
                     # The same draws for every candidate: they are compared with each other.
-                    with seeded(derive_seed(self._seed, "evaluator", name), *self._devices):
-                        scores = Scores.join(list(evaluator.evaluate(model, items)))
-                    found[name] = _complete(name, scores, items)
+                    purpose = ("evaluator", name, rung) if rung else ("evaluator", name)
+                    with seeded(derive_seed(self._seed, *purpose), *self._devices):
+                        scores = Scores.join(list(evaluator.evaluate(model, items[name])))
+                    found[name] = _complete(name, scores, items[name])
                     model.eval()
                     self._changed = model_state(model) != state
                     if self._changed:
@@ -279,6 +307,17 @@ def require_device(device: str) -> None:
             f"{device} fails whatever it is asked, until this process ends: {str(error).splitlines()[0]}; "
             "the run can go on in a new one (meiosis resume)"
         ) from error
+
+
+def _in_order(scores: Scores, items: Sequence[str]) -> Scores:
+    """The same scores with their items in another order."""
+    places = {item: place for place, item in enumerate(scores.items)}
+    rows = [places[item] for item in items]
+    return Scores(
+        tuple(items),
+        {metric: np.asarray(values, np.float64)[rows] for metric, values in scores.values.items()},
+        np.asarray(scores.weights, np.float64)[rows],
+    )
 
 
 def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:

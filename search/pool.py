@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from evaluators.base import EvaluatorSpec, ItemPool, Scores
+from search.racing.race import Race
 from search.recipe import ModelRef, Recipe
 from search.soups.plan import LearnSoup
 
@@ -64,6 +65,8 @@ class Job:
     """Whether the outcome must carry the hash of the merged tensors (costs a pass over them)."""
     learn: LearnSoup | None = None
     """Better weights than the recipe's, to be learned from there and returned among the metrics."""
+    race: Race | None = None
+    """How far it is scored; None: on all items of the pool."""
 
     @property
     def key(self) -> tuple[int, ItemPool]:
@@ -94,6 +97,7 @@ class Outcome:
         queue_seconds: from submission to that moment.
         bytes_read: bytes of the models that the merge read.
         bytes_moved: bytes of messages between driver and worker.
+        censored: whether it was stopped in its race: the scores are of fewer items than it might have had.
     """
 
     candidate: int
@@ -111,6 +115,7 @@ class Outcome:
     queue_seconds: float = 0.0
     bytes_read: int = 0
     bytes_moved: int = 0
+    censored: bool = False
 
     @property
     def key(self) -> tuple[int, ItemPool]:

@@ -127,6 +127,7 @@ def check(
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
+    _check_racing(config, metrics, faults)
     faults.lines += tracker_faults(loaded)
     cluster = config.cluster
     if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
@@ -219,6 +220,21 @@ def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _
             faults.add(
                 ("search", "limits", "item_evaluations"),
                 f"{items} is too small; every parent, the base and one merge take {needed} search items",
+            )
+
+
+def _check_racing(config: Config, metrics: Mapping[str, Metric], faults: _Faults) -> None:
+    if not config.search.fitness.racing:
+        return
+    for term in config.objectives.terms:
+        if term.metric in metrics and not metrics[term.metric].per_item:
+            evaluator = term.metric.partition(".")[0]
+            others = [name for name, one in metrics.items() if one.per_item and name.partition(".")[0] == evaluator]
+            instead = f"; use {' or '.join(others)} in the objectives" if others else ""
+            faults.add(
+                ("search", "fitness", "racing"),
+                f"'{term.metric}' has no value per item, so candidates cannot be compared item by item{instead}, or "
+                "leave racing out",
             )
 
 

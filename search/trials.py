@@ -31,7 +31,7 @@ def _written_out(candidate: Candidate) -> str:
     return json.dumps(rules, separators=(",", ":"))
 
 
-def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -> Trial:
+def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool, scored: int | None = None) -> Trial:
     """The record of a result; no judgement while the parents that normalise the loss are not all known."""
     return Trial(
         candidate=outcome.candidate,
@@ -53,6 +53,8 @@ def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -
         queue_seconds=outcome.queue_seconds,
         bytes_read=outcome.bytes_read,
         bytes_moved=outcome.bytes_moved,
+        censored=outcome.censored,
+        scored=scored,
     )
 
 
@@ -75,6 +77,7 @@ def outcome_of(trial: Trial) -> Outcome:
         queue_seconds=trial.queue_seconds,
         bytes_read=trial.bytes_read,
         bytes_moved=trial.bytes_moved,
+        censored=trial.censored,
     )
 
 

@@ -28,6 +28,8 @@
 | queue_seconds | float64 | from submission to that moment |
 | bytes_read | int64 | bytes of the models that the merge read |
 | bytes_moved | int64 | bytes of messages between driver and worker |
+| censored | bool | whether the evaluation was stopped early, since the candidate is worse than its reference |
+| scored | int64 | items scored, where these are not all; the metrics are then estimates for all |
 | verdict | string | JSON of `end`, of `limit` (limit, used) and of `extended` (the budget from there on) |
 | crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, and of its place unless 0 |
 
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
 VERSION = b"1"
 """Version of the columns, in the metadata of the schema."""
 
-ADDED = frozenset({"node", "started_at", "queue_seconds", "bytes_read", "bytes_moved"})
+ADDED = frozenset({"node", "started_at", "queue_seconds", "bytes_read", "bytes_moved", "censored", "scored"})
 """Columns that older histories of this version lack."""
 
 _UNSET = 0xFFFFFFFF
@@ -108,6 +110,8 @@ def schema() -> pa.Schema:
         "queue_seconds": real,
         "bytes_read": number,
         "bytes_moved": number,
+        "censored": pa.bool_(),
+        "scored": number,
         "verdict": text,
         "crc32": pa.uint32(),
     }
@@ -227,6 +231,8 @@ def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
                 "queue_seconds": event.queue_seconds,
                 "bytes_read": event.bytes_read,
                 "bytes_moved": event.bytes_moved,
+                "censored": event.censored or None,
+                "scored": event.scored,
             }
             if side.takes(scores):
                 row["scores_file"], row["scores_sha256"] = side.put_scores(seq, scores)
@@ -296,6 +302,8 @@ def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles | None) -> Ev
         queue_seconds=row["queue_seconds"] or 0.0,
         bytes_read=row["bytes_read"] or 0,
         bytes_moved=row["bytes_moved"] or 0,
+        censored=bool(row["censored"]),
+        scored=row["scored"],
     )
 
 

@@ -87,6 +87,8 @@ class Trial(Recorded):
         queue_seconds: from submission to that moment.
         bytes_read: bytes of the models that the merge read.
         bytes_moved: bytes of messages between driver and worker.
+        censored: whether it was stopped because it is worse than what it was compared with.
+        scored: items that were scored, where these are not all of the pool; metrics are then estimates for all.
     """
 
     candidate: int
@@ -108,6 +110,8 @@ class Trial(Recorded):
     queue_seconds: float = 0.0
     bytes_read: int = 0
     bytes_moved: int = 0
+    censored: bool = False
+    scored: int | None = None
 
     def deterministic(self) -> Content:
         return (
@@ -120,6 +124,8 @@ class Trial(Recorded):
             tuple((name, _scores_content(scores)) for name, scores in sorted(self.scores.items())),
             self.failure_kind,
             self.weights_sha256,
+            bool(self.censored),
+            self.scored,
         )
 
     def circumstances(self) -> Content:
