@@ -69,6 +69,7 @@ class Generation0:
         terms: the terms of the objective, normalised once all parents are known.
         groups: the tensors of the models, as the space groups them.
         options: an instance of the baseline's `Options`.
+        operators: what the space searches with; empty where nobody said.
     """
 
     sources: tuple[str, ...]
@@ -77,6 +78,7 @@ class Generation0:
     terms: Callable[[], tuple[Term, ...]] = tuple
     groups: tuple[Group, ...] = ()
     options: Any = NO_OPTIONS
+    operators: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:

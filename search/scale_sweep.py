@@ -40,4 +40,6 @@ class ScaleSweep:
                 sources={source: {} for source in known.sources},
                 parameters={"lambda": scale},
             )
-            yield Proposal(f"{self._operator} {scale:g}", rule)
+            # A search with this operator can start there if it searches weights; for others they mean something else.
+            weights = dict.fromkeys(known.sources, scale) if self._operator in known.operators else None
+            yield Proposal(f"{self._operator} {scale:g}", rule, weights)

@@ -25,7 +25,9 @@ class PeerCma:
         self._width = np.array([gene.high - gene.low for gene in genes])
         start = np.array([gene.initial for gene in genes])
         with one_blas_thread():
-            options = {"seed": problem.seed % 2**31 or 1, "verbose": -9, "maxiter": 10**9}
+            # Its option `seed` would seed the random numbers of the whole process.
+            randn = np.random.RandomState(problem.seed % 2**32).randn
+            options = {"seed": np.nan, "randn": randn, "verbose": -9, "maxiter": 10**9}
             self._es = import_cma().CMAEvolutionStrategy(start, SIGMA, options)
         self._waiting: deque[Vector] = deque()
         self._asked: deque[Vector] = deque()

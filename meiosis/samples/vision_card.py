@@ -34,8 +34,9 @@ class VisionPlan(_Model):
     """How the family is trained."""
 
     shape: VisionShape = VisionShape()
-    base: Phase = Phase(steps=1500, batch=64, learning_rate=2e-3, final=0.2)
-    task: Phase = Phase(steps=500, batch=64, learning_rate=1e-3)
+    base: Phase = Phase(steps=2500, batch=64, learning_rate=2e-3, final=0.1)
+    # With 1e-3 fine-tunes are further apart and 1.4 points better, but merges 1.8 points worse.
+    task: Phase = Phase(steps=600, batch=64, learning_rate=4e-4)
     train: int = Field(15_000, ge=16, description="most training pictures of a task")
     search: int = Field(150, ge=4, description="pictures of a task that drive a search")
     select: int = Field(150, ge=4, description="pictures of a task that choose among the finalists")
