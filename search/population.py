@@ -113,7 +113,7 @@ class Population:
             metrics=self._metrics_of_label,
             terms=lambda: self.objective.terms,
             groups=space.groups,
-            operators=(space.operator,),
+            operators=space.operators,
         )
         chosen = baselines if isinstance(baselines, Mapping) else {name: {} for name in baselines}
         self._waiting = [
