@@ -127,7 +127,6 @@ def check(
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
-    _check_racing(config, metrics, faults)
     faults.lines += tracker_faults(loaded)
     cluster = config.cluster
     if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
@@ -316,6 +315,7 @@ def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working:
         look_at(term.metric, ("objectives", index) if as_list else ("objectives", "terms", index))
     for index, constraint in enumerate(config.constraints):
         look_at(constraint.metric, ("constraints", index))
+    _check_racing(config, metrics, faults)
 
 
 def _model_key(name: str) -> Location:
