@@ -138,7 +138,6 @@ def check(
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
-    _check_racing(config, metrics, faults)
     faults.lines += tracker_faults(loaded)
     _check_gpus(config, faults)
     checkpoints = _checkpoints(loaded, faults)
@@ -355,6 +354,7 @@ def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working:
             resolve(wanted, metrics)
     except UserError as error:
         faults.add(("objectives", "pick"), str(error))
+    _check_racing(config, metrics, faults)
 
 
 def _model_key(name: str) -> Location:

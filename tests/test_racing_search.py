@@ -20,6 +20,7 @@ from search.run import resume, start
 from search.setup import Setup, check
 from search.store.events import Trial
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
 
 pytest_plugins = ["family"]
 
@@ -65,7 +66,7 @@ def racing_config(family_config: dict[str, Any], many_items: dict[str, dict[str,
     config = dict(family_config)
     for name in DOMAINS:
         config["evaluators"][name]["data"] = many_items[name]
-    config["search"] |= {"budget": 60, "window": 4, "baselines": ["uniform_soup"]}
+    config["search"] |= {"budget": 44, "window": 4, "baselines": ["uniform_soup"]}
     config["search"]["fitness"] = {"racing": True, "smallest": 4, "first": 0.1, "precision": 0.2}
     return config
 
@@ -90,13 +91,11 @@ def test_racing_scores_fewer_items_and_exports(racing_config: dict[str, Any], tm
     items = 3 * 48
     assert [t.scored for t in trials[:4]] == [None] * 4, "parents and base are scored on all items"
     counts = {t.scored for t in trials}
-    assert len(counts) > 3, counts
+    assert len(counts) >= 3, counts
     assert any(t.censored for t in trials)
-    from search.store.sessions import Sessions
-
     used = Used.of(finished.folder.events(), Sessions(finished.folder.sessions), items)
     assert used.item_evaluations == sum(t.scored or items for t in trials)
-    assert used.item_evaluations < 60 * items / 2
+    assert used.item_evaluations < 44 * items / 2
     assert (finished.model / "model.safetensors").exists()
     for trial in trials:
         assert all(value > 0 for value in trial.metrics.values())
@@ -108,7 +107,13 @@ def test_the_history_is_the_same_after_a_stop_and_on_more_workers(
     setup = checked(racing_config, tmp_path)
     whole = start(setup, pool_of(1), Quiet(), "whole")
     with pytest.raises(InterruptedRun):
-        start(setup, pool_of(2), Quiet(stop_after=33), "stopped")
+        start(setup, pool_of(2), Quiet(stop_after=28), "stopped")
     folder = RunFolder(whole.folder.path.parent / "stopped")
     resume(folder, pool_of(2), Quiet())
     assert contents(folder) == contents(whole.folder)
+
+
+def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:
+    racing_config["objectives"]["terms"][0] = "python.perplexity"
+    with pytest.raises(ConfigError, match=r"'python.perplexity' has no value per item.*use python.nll"):
+        checked(racing_config, tmp_path)

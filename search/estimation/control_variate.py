@@ -39,19 +39,22 @@ class ControlVariates:
         center = self._known[nearest]
         others = np.delete(self._known, nearest, axis=0) - center
         rest = seen - center[:count]
+        shift = float(rest @ weights)
+        rest = rest - shift
         total = float(rest**2 @ weights)
         if not len(others) or total == 0:
-            return np.asarray(center, np.float64)
-        weighted = others[:, :count] * weights
-        gram, right = weighted @ others[:, :count].T, weighted @ rest
+            return np.asarray(center + shift, np.float64)
+        means = others[:, :count] @ weights
+        here = others[:, :count] - means[:, None]
+        gram, right = (here * weights) @ here.T, (here * weights) @ rest
         sizes = np.maximum(np.diag(gram), 1e-12 * total)
         expected = total / sizes / len(others)
         noise = 0.5 * total
         found = np.zeros(len(others))
         for _ in range(_ROUNDS):  # the second time with the noise that the first leaves
             found = np.linalg.solve(gram + np.diag(noise / count / expected + 1e-12 * sizes), right)
-            noise = float((rest - found @ others[:, :count]) ** 2 @ weights)
-        return np.asarray(center + found @ others, np.float64)
+            noise = float((rest - found @ here) ** 2 @ weights)
+        return np.asarray(center + shift - found @ means + found @ others, np.float64)
 
 
 def corrected_mean(predicted: Vector, residuals: Vector, weights: Vector) -> float:

@@ -18,8 +18,10 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 _CLIP = 30.0
-_SLOPE_SPREAD, _DIFFICULTY_SPREAD, _SHARE_SPREAD = 1.0, 3.0, 1.0
-"""Standard deviations of the priors: of slopes around 1 / sqrt(dimensions), of difficulties and of shares."""
+_SLOPE_SPREAD, _DIFFICULTY_SPREAD = 0.3, 1.5
+"""Standard deviations of the priors of slopes, around 1 / sqrt(dimensions), and of difficulties.
+
+With wider ones, a few respondents are fitted so well that what is expected of another one is too sure."""
 _NEWTON_STEPS = 12
 
 
@@ -116,10 +118,11 @@ class MergedAbility:
         center = shares.copy()
         design = model.slopes[:count] @ model.abilities.T
         weights = self._weights[:count] / max(float(self._weights[:count].mean()), 1e-300)
-        prior = np.eye(len(shares)) / _SHARE_SPREAD**2
+        precision = float(len(shares))  # so that the ability of a merge varies as much as those of the others
+        prior = precision * np.eye(len(shares))
         for _ in range(_NEWTON_STEPS):
             p = _sigmoid(design @ shares - model.difficulties[:count])
-            gradient = design.T @ (weights * (p - seen)) + (shares - center) / _SHARE_SPREAD**2
+            gradient = design.T @ (weights * (p - seen)) + precision * (shares - center)
             curvature = (design.T * (weights * np.maximum(p * (1 - p), 1e-3))) @ design + prior
             step = np.linalg.solve(curvature, gradient)
             shares = shares - step

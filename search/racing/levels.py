@@ -15,6 +15,8 @@ Vector = NDArray[np.float64]
 
 LATEST = 16
 """So many candidates are compared with each other, at least; and so many are scored before the subset grows again."""
+MOST_GROWTH = 4.0
+"""Factor by which the subset grows at once, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +52,25 @@ class Levels:
         self._latest.append(seen)
         self._since += 1
         full = len(self._latest) == self._latest.maxlen and self._since >= len(self._latest)
-        if full and self.rung < len(self._ladder.rungs) - 1 and self._too_coarse():
-            self.rung += 1
+        if not full or self.rung == len(self._ladder.rungs) - 1:
+            return
+        coarse = self._coarseness()
+        if coarse > 1:
+            # The error falls with the root of the number of items. Not all at once: it was measured on few.
+            rungs = self._ladder.rungs
+            wanted = rungs[self.rung] * min(coarse**2, MOST_GROWTH)
+            self.rung = next(
+                (rung for rung in range(self.rung + 1, len(rungs)) if rungs[rung] >= wanted), len(rungs) - 1
+            )
             self._since = 0
 
-    def _too_coarse(self) -> bool:
+    def _coarseness(self) -> float:
+        """Error of a comparison as a multiple of the one that is accepted."""
         best = min(self._latest, key=lambda one: one.loss)
         errors = [self._error(one, best) for one in self._latest if one is not best]
         spread = float(np.std([one.loss for one in self._latest]))
-        return bool(np.median(errors) > self._precision * spread)
+        error = float(np.median(errors))
+        return error / (self._precision * spread) if spread > 0 else float(error > 0) * MOST_GROWTH
 
     def _error(self, one: Seen, other: Seen) -> float:
         """Standard error of the difference of two candidates on the items that both saw."""
