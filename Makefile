@@ -15,8 +15,10 @@ ifeq ($(CONFIG),$(SAMPLES)/search.yaml)
 endif
 	$(BIN)/meiosis search $(CONFIG)
 
+# Side by side what is quick, a core for each process; then, one by one, what kills processes or starts clusters.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "ray or slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -132,8 +132,9 @@ class Evaluator(ABC):
         help: one line for `meiosis evaluators`.
         source: paper or origin of the method, may be empty.
         architectures: what the base must be to be scored, as suffixes of the class name in
-            `config.json` (`ForCausalLM`); empty: anything.
+            `config.json` (`ForCausalLM`); empty: anything. Options may decide, as with `metrics`.
         loss_metric: the metric that `losses` gives with a gradient; empty: there is none.
+        exact: whether the metrics are properties of the model, so that its items stand for nothing else.
         plain_forward: whether `evaluate` does no more with the model than to call it: it changes no weight, not even
             for a moment. Then what the first layers give for an input may be taken from an earlier candidate that has
             the same ones, with the same bits. May be set on the instance, where the options decide.
@@ -143,8 +144,9 @@ class Evaluator(ABC):
     Options: ClassVar[type[Options]] = Options
     help: ClassVar[str] = ""
     source: ClassVar[str] = ""
-    architectures: ClassVar[tuple[str, ...]] = ()
+    architectures: tuple[str, ...] = ()
     loss_metric: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
     plain_forward: bool = False
 
     def __init__(self, options: Any) -> None:

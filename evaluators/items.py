@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -30,6 +30,7 @@ __all__ = [
     "PoolPaths",
     "Split",
     "checked_text",
+    "pooled_items",
     "read_items",
     "text_in",
 ]
@@ -206,28 +207,47 @@ def read_items(
         UserError: file and line, what is wrong, and the way out.
     """
     read = Reader(parse, reads_text, separator, exclude)
+    more = "(a text file is one, unless 'separator' divides it)"
+    items = pooled_items(data, read, split=split, limit=limit, more=more)
+    read.refuse_unused()
+    return items
+
+
+def pooled_items(
+    data: Path | PoolPaths,
+    read: Callable[[Path, str], Sequence[Item]],
+    *,
+    split: Split | None = None,
+    limit: int | None = None,
+    more: str = "",
+) -> Items:
+    """The items that `read` finds at a path or at three, in disjoint pools; see `read_items`.
+
+    Args:
+        read: gives the items of a file or folder; ids that it makes up start with the prefix it is given.
+        more: what a message about too few documents says of them.
+    """
     pools: dict[ItemPool, list[Item]] = {pool: [] for pool in ITEM_POOLS}
     if isinstance(data, PoolPaths):
         for pool in ITEM_POOLS:
-            pools[pool] = read(getattr(data, pool), f"{pool}/")
+            pools[pool] = list(read(getattr(data, pool), f"{pool}/"))
     else:
         split = split or Split()
         for item in read(data, ""):
             pools[split.pool_of(item.document)].append(item)
-        _refuse_empty(pools, data, split)
-    read.refuse_unused()
+        _refuse_empty(pools, data, split, more)
     _refuse_overlap(pools)
     return Items(pools, limit)
 
 
-def _refuse_empty(pools: Mapping[ItemPool, Sequence[Item]], path: Path, split: Split) -> None:
+def _refuse_empty(pools: Mapping[ItemPool, Sequence[Item]], path: Path, split: Split, more: str) -> None:
     documents = {item.document for items in pools.values() for item in items}
     for pool, items in pools.items():
         if not items:
             few = "1 document" if len(documents) == 1 else f"{len(documents)} documents"
             raise UserError(
                 f"{path}: {few}, and none falls into the {pool} pool (share {getattr(split, pool):g}); give "
-                "more documents (a text file is one, unless 'separator' divides it), other shares under "
+                f"more documents{more and ' ' + more}, other shares under "
                 "'split', or a path for every pool: {search: .., select: .., certify: ..}"
             )
 

@@ -69,7 +69,7 @@ class Bootstrap:
                 drawn = _draw(documents, count, generator)
                 for candidate, by_evaluator in scores.items():
                     wanted = [term.metric.partition(".")[2] for term in terms]
-                    resampled = _metrics(evaluators[name], wanted, _sorted(by_evaluator[name]), drawn)
+                    resampled = metrics_of_draws(evaluators[name], wanted, sorted_scores(by_evaluator[name]), drawn)
                     for term in terms:
                         loss = np.array([term.loss(v) for v in resampled[term.metric.partition(".")[2]]])
                         self._values[candidate][start : start + count] += term.weight * loss / total
@@ -97,7 +97,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _sorted(scores: Scores) -> Scores:
+def sorted_scores(scores: Scores) -> Scores:
     order = sorted(range(len(scores.items)), key=lambda index: scores.items[index])
     return Scores(
         tuple(scores.items[i] for i in order),
@@ -113,7 +113,7 @@ def _draw(documents: Sequence[str], count: int, generator: np.random.Generator) 
     return generator.multinomial(len(names), share, size=count).astype(np.float64)[:, of_item]
 
 
-def _metrics(
+def metrics_of_draws(
     evaluator: Evaluator, wanted: Sequence[str], scores: Scores, drawn: Draws
 ) -> dict[str, NDArray[np.float64]]:
     """Metric -> (count,) values on the resampled items."""

@@ -23,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from search.certificate import CertifyConfig
 from search.errors import ConfigError
 from search.limits import LimitsConfig
+from search.paths.config import PathConfig
 from search.run_log import emit
 from search.yaml_source import YamlSource
 
@@ -94,10 +96,29 @@ not as well as being no number, no truth value and so on."""
 SplitKind = Literal["attention", "mlp", "norm", "embedding", "head"]
 
 
+def _operator_names(value: Any) -> Any:
+    """One name, or several that differ; checked here so that a fault is told once, not for each alternative."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"expected the name of an operator or a list of names, found {value!r}")
+    if repeated := next((name for name in value if value.count(name) > 1), None):
+        raise ValueError(f"'{repeated}' stands twice")
+    return value[0] if len(value) == 1 else value
+
+
 class SpaceConfig(_Section):
     """What is searched: an operator, and how finely its parameters vary over the model."""
 
-    operator: str = Field("task_arithmetic", description="a name from `meiosis operators`")
+    operator: Annotated[str | tuple[str, ...], BeforeValidator(_operator_names)] = Field(
+        "task_arithmetic",
+        description="a name from `meiosis operators`, or a list of them, of which every group of tensors chooses one",
+    )
+    subset: Literal[False, True, "group"] = Field(
+        False,
+        description="whether it is searched which sources take part. true: for the whole model; group: for every group "
+        "of tensors; a group without sources is as in the base",
+    )
     layers_per_group: int = Field(1, ge=0, description="layers that share genes; 0: all layers share them")
     split: tuple[SplitKind, ...] = Field(
         ("attention", "mlp", "norm"),
@@ -110,8 +131,16 @@ class SpaceConfig(_Section):
     parameters: dict[str, Setting] = Field(
         default_factory=dict,
         description="parameter of the operator -> bounds (searched) or a value (fixed); by default those the "
-        "operator recommends to search are searched",
+        "operator recommends to search are searched; of several operators each takes those that it has",
     )
+    path: PathConfig | None = Field(
+        None, description="which layers run, in which order; by default those of the base, in theirs"
+    )
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators to choose from, at least one."""
+        return (self.operator,) if isinstance(self.operator, str) else self.operator
 
     @field_validator("patterns")
     @classmethod
@@ -129,10 +158,23 @@ def _named(value: Any) -> Any:
 
 
 class OptimizerConfig(_Section):
-    """Which optimiser proposes candidates."""
+    """Which optimiser proposes candidates. Keys beside these are its options."""
 
-    name: str = Field("diagonal_cma", description="diagonal_cma, random_search, or a name of nevergrad's registry")
-    step: float = Field(0.1, gt=0, le=1, description="first step of diagonal_cma, as a fraction of a gene's range")
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(
+        "auto",
+        description="auto: chosen by size and kind of the genome; diagonal_cma, full_cma, natural_niches, map_elites, "
+        "random_search, or a name of nevergrad's registry",
+    )
+    step: float = Field(
+        0.1, gt=0, le=1, description="first step of diagonal_cma and full_cma, as a fraction of a gene's range"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its own section of the optimiser checks."""
+        return dict(self.model_extra or {})
 
 
 class _NamedWithOptions(_Section):
@@ -218,13 +260,30 @@ def _as_term(value: Any) -> Any:
 
 
 class ObjectivesConfig(_Section):
-    """What is better: a weighted mean of metrics."""
+    """What is better: a weighted mean of metrics, or more in any of them (a front)."""
 
     terms: tuple[Annotated[ObjectiveTerm, BeforeValidator(_as_term)], ...] = Field(min_length=1)
     normalize: Literal["parents", "none"] = Field(
         "parents",
         description="parents: each metric is scaled to best parent = 0, worst parent = 1; none: as it is",
     )
+    search: Literal["weighted", "pareto"] = Field(
+        "weighted",
+        description="weighted: the best weighted mean; pareto: all merges that no other one beats in every metric",
+    )
+    pick: str = Field(
+        "knee",
+        description="with `search: pareto`, which point of the front is certified and exported: knee, or bounds and a "
+        "goal such as 'accuracy >= 0.9, min asr'",
+    )
+
+    @model_validator(mode="after")
+    def _front_needs_terms(self) -> Self:
+        if self.search == "pareto" and len(self.terms) < 2:
+            raise ValueError("search: pareto needs two terms or more; add one, or use search: weighted")
+        if self.search == "weighted" and "pick" in self.model_fields_set and self.pick != "knee":
+            raise ValueError("pick chooses from a front; add search: pareto, or take pick out")
+        return self
 
 
 _CONSTRAINT = re.compile(r"^\s*([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*$")
@@ -350,6 +409,7 @@ class Config(_Section):
     objectives: ObjectivesConfig
     constraints: tuple[Annotated[Constraint, BeforeValidator(_as_constraint)], ...] = ()
     search: SearchConfig = SearchConfig()
+    certify: CertifyConfig = CertifyConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: tuple[TrackerConfig, ...] = Field(
         (), description="where results are shown as well, by name or as {name: options}; never stops a run"

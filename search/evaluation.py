@@ -12,7 +12,9 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from search.devices import worker_devices
 from search.errors import DeviceLostError, MeiosisError
 from search.merge.apply import Merger
 from search.merge.live import Instead, LiveModel, build_live_model, model_class_of
+from search.merge.random_deltas import Kept, with_random_deltas
+from search.merge.sources import TensorSource
 from search.merge.statistics import identities
 from search.model_state import model_state
+from search.paths.worker import Merged, Paths
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
 from search.prefix.reuse import PrefixReuse
 from search.recipe import Recipe
@@ -69,17 +74,24 @@ class Evaluation:
         # Where the files of the base are not the tensors and config that are merged, the model is made of these.
         own = tuple(checkpoints[plan.base].tensors) == tuple(opened.specs[plan.base]) and not opened.config
         self._instead = None if own else Instead(opened.tensors[plan.base], opened.config)
-        self._merger = Merger(
-            opened.tensors,
+        self._read_as: dict[str, str] = {}
+        self._new_merger = partial(
+            Merger,
             device=device,
             prepared_folder=Path(plan.prepared_folder) if plan.prepared_folder else None,
-            identity={
-                **{name: ref.sha256 or ref.path for name, ref in plan.models.items()},
-                **identities(opened.statistics),
-            },
             names=opened.names,
             statistics=opened.statistics,
+            read_as=self._read_as,
         )
+        self._identity = {
+            **{name: ref.sha256 or ref.path for name, ref in plan.models.items()},
+            **identities(opened.statistics),
+        }
+        self._real, self._kept = opened.tensors, Kept()
+        self._merger = self._new_merger(opened.tensors, identity=self._identity)
+        self._of_models: tuple[tuple[str, int], ...] = ()
+        self._mergers: dict[tuple[tuple[str, int], ...], tuple[Mapping[str, TensorSource], Merger]] = {}
+        self._mergers[()] = (opened.tensors, self._merger)
         self._names = tuple(opened.tensors[plan.base].names)
         opened_at = time.perf_counter()
         model_class_of(self._folder)  # several seconds, of libraries
@@ -102,6 +114,7 @@ class Evaluation:
         self._changed = True
         self._merger.invalidate()
         self._targets = {}
+        self._paths: Paths | None = None
         self.__dict__.pop("_model", None)
         self._reuse.clear()
         self._let_go()
@@ -150,6 +163,7 @@ class Evaluation:
     def _run(self, job: Job) -> Outcome:
         import torch
 
+        self._use_models_of(job.recipe)
         if self._changed:
             self._build()
 
@@ -157,10 +171,11 @@ class Evaluation:
         started = time.perf_counter()
         merged = started
         try:
-            bytes_read = self._merger.merge_into(job.recipe, self._targets).bytes_read
-            digest = self._hash(job) if job.hash_weights else None
-            merged = time.perf_counter()
-            scores = self._score(job)
+            with self._merged(job.recipe) as candidate:
+                bytes_read = candidate.bytes_read
+                digest = hash_tensors(candidate.tensors()) if job.hash_weights else None
+                merged = time.perf_counter()
+                scores = self._score(job, candidate)
             metrics = self._aggregate(scores)
             if job.learn is not None:
                 metrics |= self._learn(job.recipe, job.learn)
@@ -196,22 +211,55 @@ class Evaluation:
             layers_reused=self._reuse.layers_reused,
         )
 
-    def _hash(self, job: Job) -> str:
-        """Hash of the checkpoint that this candidate is: the live tensors, and those the model does not use."""
-        return hash_tensors({**self._targets, **dict(self._merger.merge_tensors(job.recipe, self._elsewhere))})
+    def _use_models_of(self, recipe: Recipe) -> None:
+        """Merge the real models from now on, or placebos of them: what a recipe calls its models is the same."""
+        placebos = tuple((n, ref.random_delta) for n, ref in recipe.models.items() if ref.random_delta is not None)
+        if placebos == self._of_models:
+            return
+        if placebos not in self._mergers:
+            tensors = with_random_deltas(self._real, recipe.models, recipe.base, self._kept)
+            # What is prepared for a placebo stays here: on disk, one without a content hash could not be told apart.
+            drawn = dict(placebos)
+            identity = {name: known for name, known in self._identity.items() if name not in drawn}
+            self._mergers[placebos] = (tensors, self._new_merger(tensors, identity=identity))
+        self._of_models = placebos
+        self._sources, self._merger = self._mergers[placebos]
+        self._merger.invalidate()
+        self._paths = None  # its layers are those of the other models
+        self._reuse.clear()
 
-    def _score(self, job: Job) -> dict[str, Scores]:
+    @contextmanager
+    def _merged(self, recipe: Recipe) -> Iterator[Merged]:
+        """Run a block with a candidate in the live model. Its checkpoint has the live tensors, and those that the
+        model does not use."""
+        if recipe.scales is None:
+            bytes_read = self._merger.merge_into(recipe, self._targets).bytes_read
+            yield Merged(
+                bytes_read,
+                lambda: {**self._targets, **dict(self._merger.merge_tensors(recipe, self._elsewhere))},
+                self._targets,
+                self._merger.fingerprints(recipe, self._targets),
+            )
+            return
+        if self._paths is None:
+            self._paths = Paths(self._model, self._merger, self._read_as, self._targets, self._names)
+        with self._paths.on(recipe) as path:
+            yield path
+
+    def _score(self, job: Job, candidate: Merged) -> dict[str, Scores]:
         import torch
 
         found = {}
         model = self._model.model
         state = model_state(model)
-        made_by = self._merger.fingerprints(job.recipe, self._targets)
         # Until it is seen that they left it alone, the model is not to be trusted: what was moved, wrapped
         # or replaced in it is not put right by merging again.
         self._changed = True
         try:
-            with torch.no_grad(), self._reuse.watching(model, self._targets, made_by) as watch:
+            with (
+                torch.no_grad(),
+                self._reuse.watching(model, candidate.targets, candidate.made_by, candidate.along) as watch,
+            ):
                 for name, evaluator in self._evaluators.items():
                     items = evaluator.items(job.items)
                     watch.allowed = evaluator.plain_forward

@@ -25,6 +25,7 @@ from search.merge.parallel import MOST_AT_ONCE, merge_side_by_side
 from search.merge.statistics import open_statistics, with_statistics_from
 from search.merge_plan import HashState, MergePlan, output_layout, plan_merge
 from search.model_card import model_card
+from search.paths.fold import fold_of
 from search.recipe import Recipe
 from search.sources import check_models, open_models, open_sources
 
@@ -236,13 +237,15 @@ def write_merge(
             return Merger(
                 opened.tensors,
                 device=place,
-                identity={} if check_sources else {name: ref.sha256 or ref.path for name, ref in recipe.models.items()},
+                identity={} if check_sources else _identity(recipe),
                 names=opened.names,
                 statistics=opened.statistics,
                 dtypes=opened.dtypes(recipe.donor),
+                read_as=opened.read_as,
                 keep_prepared=False,
             )
 
+        fold = fold_of(recipe, recipe_of[recipe.donor].config)
         sizes = {planned.name: math.prod(planned.shape) for planned in layout}
         # One tensor at a time keeps an accelerator busy.
         at_once = MOST_AT_ONCE if place == "cpu" else 1
@@ -253,12 +256,12 @@ def write_merge(
             for planned in layout:
                 hashes.merging(planned.name)
                 try:
-                    tensor = next(stream)
+                    name, tensor = next(stream)
                 except Exception as error:
                     # NaN in a source is the better explanation; of a decomposition that failed the only one.
                     hashes.check() if isinstance(error, UserError) else hashes.finish()
                     raise
-                yield tensor
+                yield name, tensor if fold is None else fold(name, tensor)
                 unread += planned.nbytes
                 if unread >= DROP_BYTES:
                     drop_mapped_pages(files)
@@ -284,6 +287,11 @@ def write_merge(
                 verify=verify,
                 meter=meter,
             )
+
+
+def _identity(recipe: Recipe) -> dict[str, str]:
+    """The bytes of the models that are merged; of a placebo there are none that have a hash."""
+    return {name: ref.sha256 or ref.path for name, ref in recipe.models.items() if ref.random_delta is None}
 
 
 def _to_hash(recipe: Recipe, every: bool) -> tuple[str, ...]:

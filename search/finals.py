@@ -7,20 +7,26 @@ winner there, and every baseline, is scored once on the certify items. That is t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from evaluators.base import Evaluator
+from evaluators.base import Evaluator, ItemPool
 from search.bootstrap import Bootstrap, holm
+from search.certificate import missing_comparisons
 from search.driver import Driver
+from search.effect_size import EffectSizes
 from search.errors import RunError
 from search.objective import Objective
+from search.pareto.finals import choose_from_front, front_finalists, front_sentence
 from search.population import SEARCHED, Candidate
-from search.store.events import End, Trial
+from search.selection_bias import Optimism, expected_flattery
+from search.store.events import End, Event, Extended, Trial
 from search.trials import usable_metrics
 
 SIGNIFICANCE = 0.01
+VERDICT_VERSION = 2
+"""Of the JSON of a verdict: 1 has neither effect sizes nor what was compared beside generation 0."""
 FEWEST_DOCUMENTS = 10
 """Certify documents per evaluator below which resampling them says little about others."""
 
@@ -37,6 +43,9 @@ class Row:
         feasible: whether it keeps the constraints on these items.
         difference: objective of the winner minus this one (None for the winner itself).
         p: of that difference, corrected for the number of rows (Holm).
+        effect: that difference in standard deviations of documents (Cohen's d of paired differences), with its 95 %
+            interval; None where it is not defined.
+        arm: the search beside the main one in which the candidate has its id; empty for the main one.
     """
 
     label: str
@@ -50,6 +59,50 @@ class Row:
     difference_low: float | None = None
     difference_high: float | None = None
     p: float | None = None
+    effect: float | None = None
+    effect_low: float | None = None
+    effect_high: float | None = None
+    arm: str = ""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What a search beside the main one found, certified there.
+
+    Attributes:
+        label: what the table calls it.
+        candidate: its id in that search.
+        trial: on the certify items.
+    """
+
+    label: str
+    candidate: int
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """How a search beside the main one ended.
+
+    Attributes:
+        name: `standard`, `random_search` or `placebo`.
+        candidates: how many it evaluated or took over, and `item_evaluations` what they stand for.
+        rivals: empty where it found nothing that keeps the constraints.
+    """
+
+    name: str
+    candidates: int
+    item_evaluations: int
+    rivals: tuple[Rival, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """The part of an `ArmResult` that a verdict keeps."""
+
+    name: str
+    candidates: int
+    item_evaluations: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +120,10 @@ class Verdict:
         rows: baselines by value, the winner last.
         unavailable: labels of baselines that could not be evaluated.
         earlier: verdicts of this run before it was extended; each of them looked at the certify items.
+        front: of a search for a front, how the winner was chosen from it and how it compares term by term.
+        arms: the searches beside the main one that were compared.
+        missing: comparisons that a full certificate has and this one lacks.
+        optimism: what the search saw of its winner and what it is; None where a baseline won.
     """
 
     winner: int
@@ -79,6 +136,10 @@ class Verdict:
     rows: tuple[Row, ...]
     unavailable: tuple[str, ...] = ()
     earlier: int = 0
+    front: str = ""
+    arms: tuple[ArmSummary, ...] = ()
+    missing: tuple[str, ...] = ()
+    optimism: Optimism | None = None
 
     @property
     def proven(self) -> bool:
@@ -93,19 +154,27 @@ class Verdict:
                 f" The run was extended after {self.earlier} earlier verdict(s) on the same certify items: whoever "
                 "extends a run because of a verdict no longer has an unbiased one."
             )
+        if self.front:
+            missing = f" {self.front} The table compares weighted means.{missing}"
+        if self.missing:
+            missing += f" Not compared with: {', '.join(self.missing)}."
         doubt = self._doubt()
         if doubt is not None:
             return doubt + missing
         kept = "" if all(row.feasible for row in self.rows) else " that keeps the constraints"
+        beside = "".join(f", {arm.name.replace('_', ' ')}" for arm in self.arms if arm.name != "standard")
+        largest = max((row.p for row in self.rows if row.p is not None), default=0.0)
         return (
-            f"The found merge beats every parent and every baseline{kept} "
-            f"(paired bootstrap, Holm, p < {SIGNIFICANCE:g}).{missing}"
+            f"The found merge beats every parent and every baseline{beside}{kept} "
+            f"(paired bootstrap, Holm, p < {SIGNIFICANCE:g}; largest p {largest:.2g}).{missing}"
         )
 
     def _doubt(self) -> str | None:
         """Why the found merge is not proven better, or None."""
         if not self.candidates_searched:
             return f"Nothing was searched: the budget ends with generation 0. Its best, '{self.label}', is exported."
+        if not self.searched and self.front:
+            return f"The point of the front that was chosen is the baseline '{self.label}'; it is what is exported."
         if not self.searched:
             return f"No searched merge beat the baseline '{self.label}' on the select items; it is what is exported."
         if not self.rows[-1].feasible:
@@ -129,47 +198,87 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with what follows from it."""
-        return {**asdict(self), "proven": self.proven, "sentence": self.sentence()}
+        return {**self._data(), "proven": self.proven, "sentence": self.sentence()}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(self._data(), separators=(",", ":"))
+
+    def _data(self) -> dict[str, Any]:
+        return {"version": VERDICT_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, text: str) -> Verdict:
+        """What `to_json` of this or an older version wrote. Raises RunError for that of a younger one."""
         data = json.loads(text)
+        if (version := data.pop("version", 1)) > VERDICT_VERSION:
+            raise RunError(
+                f"the verdict of this run has version {version}, this Meiosis reads {VERDICT_VERSION}; use the "
+                "Meiosis that wrote it"
+            )
         data["rows"] = tuple(Row(**row) for row in data["rows"])
-        data["unavailable"] = tuple(data["unavailable"])
-        return cls(**data)
+        data["arms"] = tuple(ArmSummary(**arm) for arm in data.get("arms", ()))
+        data["optimism"] = Optimism(**data["optimism"]) if data.get("optimism") else None
+        return cls(**{**data, **{key: tuple(data.get(key, ())) for key in ("unavailable", "missing")}})
 
 
-def finish(driver: Driver, evaluators: Mapping[str, Evaluator], finalists: int, seed: int, earlier: int = 0) -> Verdict:
+def earlier_verdicts(events: Iterable[Event]) -> int:
+    """How often the run was extended after a verdict. A verdict that only got more rows counts once."""
+    earlier, ended = 0, False
+    for event in events:
+        if isinstance(event, Extended):
+            earlier, ended = earlier + ended, False
+        ended = ended or isinstance(event, End)
+    return earlier
+
+
+def finish(
+    driver: Driver,
+    evaluators: Mapping[str, Evaluator],
+    finalists: int,
+    seed: int,
+    earlier: int = 0,
+    arms: Callable[[], Sequence[ArmResult]] = tuple,
+) -> Verdict:
     """Select, certify and record the end of a run whose search is complete, after so many earlier verdicts.
+
+    Args:
+        arms: carries out the searches beside the main one, once it is known that there is a winner to compare.
 
     Raises:
         RunError: nothing that was evaluated is feasible.
     """
     candidates = driver.population.candidates
     baselines = [c for c in candidates if c.genome is None and not c.step]
-    selected = {t.candidate: t for t in driver.score([*_finalists(driver, finalists), *baselines], "select")}
+    pareto = driver.population.objective.pareto
+    of_search = (front_finalists if pareto else best_searched)(driver, finalists)
+    selected = {t.candidate: t for t in driver.score([*of_search, *baselines], "select")}
     searched = [c for c in candidates if c.id in selected and c.origin == SEARCHED]
-    best_searched = _best(driver, searched, selected)
-    best_baseline = _best(driver, baselines, selected)
-    contenders = [c for c in (best_searched, best_baseline) if c is not None]
-    winner = _best(driver, contenders, selected)
+    best_found = best_of(driver, searched, selected)
+    best_baseline = best_of(driver, baselines, selected)
+    contenders = [c for c in (best_found, best_baseline) if c is not None]
+    chosen = choose_from_front(driver, selected) if pareto else None
+    winner = chosen.candidate if chosen is not None else best_of(driver, contenders, selected)
     if winner is None:
         raise RunError(
             "no candidate keeps the constraints and could be evaluated on the select items; loosen the constraints, "
             "or export one by number with `meiosis export RUN OUT --trial ID`"
         )
-    rivals = [c for c in _one_per_family(driver, baselines, selected) if c.id != winner.id]
+    rivals = [c for c in best_of_families(driver, baselines, selected) if c.id != winner.id]
+    beside = tuple(arms())
     certified = {t.candidate: t for t in driver.score([*rivals, winner], "certify")}
-    verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed)
-    verdict = replace(verdict, earlier=earlier)
+    verdict = _verdict(driver, evaluators, winner, best_baseline, rivals, certified, seed, beside)
+    optimism = None
+    if winner.origin == SEARCHED:
+        optimism = _optimism(driver, evaluators, winner, best_baseline, finalists, seed)
+    verdict = replace(verdict, earlier=earlier, optimism=optimism)
+    if chosen is not None:
+        said = front_sentence(driver.population.objective, verdict.rows, winner.id, chosen.how)
+        verdict = replace(verdict, front=said)
     driver.history.append(End(winner.id, verdict.to_json()))
     return verdict
 
 
-def _finalists(driver: Driver, count: int) -> list[Candidate]:
+def best_searched(driver: Driver, count: int) -> list[Candidate]:
     """The best searched candidates on the search items, each recipe once."""
     ranked = sorted(
         (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
@@ -185,13 +294,13 @@ def _loss(driver: Driver, trial: Trial) -> float:
     return driver.population.objective.judge(usable_metrics(trial)).loss
 
 
-def _best(driver: Driver, candidates: list[Candidate], trials: Mapping[int, Trial]) -> Candidate | None:
+def best_of(driver: Driver, candidates: Sequence[Candidate], trials: Mapping[int, Trial]) -> Candidate | None:
     objective = driver.population.objective
     feasible = [c for c in candidates if objective.judge(usable_metrics(trials[c.id])).feasible]
     return min(feasible, key=lambda c: (_loss(driver, trials[c.id]), c.id), default=None)
 
 
-def _one_per_family(driver: Driver, baselines: list[Candidate], trials: Mapping[int, Trial]) -> list[Candidate]:
+def best_of_families(driver: Driver, baselines: Sequence[Candidate], trials: Mapping[int, Trial]) -> list[Candidate]:
     """Parents one by one; of a baseline with several settings the best on the select items."""
     families: dict[str, Candidate] = {}
     for candidate in baselines:
@@ -202,6 +311,16 @@ def _one_per_family(driver: Driver, baselines: list[Candidate], trials: Mapping[
     return list(families.values())
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """One row in the making."""
+
+    label: str
+    candidate: int
+    trial: Trial
+    arm: str = ""
+
+
 def _verdict(
     driver: Driver,
     evaluators: Mapping[str, Evaluator],
@@ -210,43 +329,103 @@ def _verdict(
     rivals: list[Candidate],
     certified: Mapping[int, Trial],
     seed: int,
+    arms: Sequence[ArmResult] = (),
 ) -> Verdict:
     objective = driver.population.objective
     if certified[winner.id].failure_kind:
         raise RunError(f"candidate {winner.id} could not be certified: {certified[winner.id].failure_message}")
-    usable = [c for c in rivals if usable_metrics(certified[c.id]) is not None]
-    shown = [*usable, winner]
-    bootstrap = Bootstrap(objective, evaluators, {c.id: certified[c.id].scores for c in shown}, seed)
-    value = {c.id: objective.value(certified[c.id].metrics) for c in shown}
-    compared = {c.id: bootstrap.compare(winner.id, c.id, value[winner.id] - value[c.id]) for c in usable}
+    beside = [_Entry(rival.label, rival.candidate, rival.trial, arm.name) for arm in arms for rival in arm.rivals]
+    # Candidates of other searches have numbers of their own there.
+    entries = {c.id: _Entry(_label(c), c.id, certified[c.id]) for c in rivals}
+    entries |= {-number: entry for number, entry in enumerate(beside, 1)}
+    unavailable = [entry.label for entry in entries.values() if usable_metrics(entry.trial) is None]
+    unavailable += [arm.name for arm in arms if not arm.rivals]
+    families = {
+        entry.label.split(" ")[0]
+        for entry in (*entries.values(), _Entry(winner.origin, winner.id, certified[winner.id]))
+    }
+    entries = {key: entry for key, entry in entries.items() if usable_metrics(entry.trial) is not None}
+    entries[winner.id] = _Entry(_label(winner), winner.id, certified[winner.id])
+    scores = {key: entry.trial.scores for key, entry in entries.items()}
+    bootstrap = Bootstrap(objective, evaluators, scores, seed)
+    effects = EffectSizes(objective, evaluators, scores, seed)
+    value = {key: objective.value(entry.trial.metrics) for key, entry in entries.items()}
+    others = [key for key in entries if key != winner.id]
+    compared = {key: bootstrap.compare(winner.id, key, value[winner.id] - value[key]) for key in others}
     corrected = dict(zip(compared, holm([comparison.p for comparison in compared.values()]), strict=True))
     names = list(dict.fromkeys([*(t.metric for t in objective.terms), *(c.metric for c in objective.constraints)]))
     rows = []
-    for c in [*sorted(usable, key=lambda c: -value[c.id]), winner]:
-        low, high = bootstrap.interval(c.id)
-        metrics = {name: certified[c.id].metrics[name] for name in names}
-        label = _label(c)
+    for key in [*sorted(others, key=lambda key: -value[key]), winner.id]:
+        entry = entries[key]
+        low, high = bootstrap.interval(key)
+        metrics = {name: entry.trial.metrics[name] for name in names}
         feasible = objective.violation(metrics) == 0
-        row = Row(label, c.id, value[c.id], low, high, metrics, feasible)
-        if c.id != winner.id:
-            d = compared[c.id]
-            row = replace(row, difference=d.difference, difference_low=d.low, difference_high=d.high, p=corrected[c.id])
+        row = Row(entry.label, entry.candidate, value[key], low, high, metrics, feasible, arm=entry.arm)
+        if key != winner.id:
+            d, effect = compared[key], effects.compare(winner.id, key)
+            row = replace(row, difference=d.difference, difference_low=d.low, difference_high=d.high, p=corrected[key])
+            if effect is not None:
+                row = replace(row, effect=effect.d, effect_low=effect.low, effect_high=effect.high)
         rows.append(row)
+    candidates = driver.population.candidates
+    sources, found = (
+        sum(c.origin.startswith("parent:") for c in candidates),
+        any(c.origin == SEARCHED for c in candidates),
+    )
     return Verdict(
         winner=winner.id,
         label=_label(winner),
         searched=winner.origin == SEARCHED,
-        candidates_searched=sum(c.origin == SEARCHED for c in driver.population.candidates),
+        candidates_searched=sum(c.origin == SEARCHED for c in candidates),
         best_baseline=best_baseline.origin if best_baseline else None,
         documents=_documents(evaluators, certified[winner.id], objective),
         weights_sha256=certified[winner.id].weights_sha256 or "",
         rows=tuple(rows),
-        unavailable=tuple(c.origin for c in rivals if c not in usable),
+        unavailable=tuple(unavailable),
+        arms=tuple(ArmSummary(arm.name, arm.candidates, arm.item_evaluations) for arm in arms),
+        missing=missing_comparisons(families | {arm.name for arm in arms}, sources) if found else (),
+    )
+
+
+def _optimism(
+    driver: Driver,
+    evaluators: Mapping[str, Evaluator],
+    winner: Candidate,
+    reference: Candidate | None,
+    finalists: int,
+    seed: int,
+) -> Optimism:
+    """What the search saw of a winner that it found; the reference is the best baseline."""
+    objective, trials = driver.population.objective, driver.trials
+    seen = {
+        c.id: trials[c.id, "search"].scores
+        for c in driver.population.candidates
+        if c.origin == SEARCHED and trials[c.id, "search"].feasible
+    }
+    pools: tuple[ItemPool, ...] = ("search", "select", "certify")
+    value = {pool: objective.value(trials[winner.id, pool].metrics) for pool in pools}
+    flattery = expected_flattery(objective, evaluators, seen, winner.id, finalists, seed)
+    known: dict[ItemPool, float] = {}
+    if reference is not None:
+        found = {pool: trials.get((reference.id, pool)) for pool in pools}
+        known = {p: objective.value(m) for p, t in found.items() if t is not None and (m := usable_metrics(t))}
+    compared = known.keys() == value.keys() and reference is not None
+    return Optimism(
+        candidates=len(seen),
+        search=value["search"],
+        shrunken=value["search"] - flattery,
+        select=value["select"],
+        certify=value["certify"],
+        reference=reference.origin if compared and reference else None,
+        reference_search=known.get("search") if compared else None,
+        reference_certify=known.get("certify") if compared else None,
     )
 
 
 def _documents(evaluators: Mapping[str, Evaluator], trial: Trial, objective: Objective) -> int:
-    names = {term.metric.partition(".")[0] for term in objective.terms}
+    every = {term.metric.partition(".")[0] for term in objective.terms}
+    # What is known exactly, whatever the items, needs no documents.
+    names = {name for name in every if not evaluators[name].exact} or every
     return min(len({evaluators[name].document_of(item) for item in trial.scores[name].items}) for name in names)
 
 

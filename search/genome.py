@@ -21,8 +21,11 @@ class Gene:
         low, high: bounds of the value.
         initial: value at which the search starts.
         kind: `int` values are rounded, `bool` values are true from 0.5 on, `choice` values are one of `choices`,
-            each of which has an equal part of the range.
+            each of which has an equal part of the range; as a number a choice is its index.
         step: values are rounded to multiples of this that lie between the bounds, if there are any.
+        position: where a forward pass first meets what the gene changes: 0 before the layers (and where nobody said),
+            1 + n in layer n, `search.grouping.BEHIND` after the last. Candidates that agree in all genes up to a
+            position have the same hidden states there.
     """
 
     name: str
@@ -32,6 +35,12 @@ class Gene:
     kind: GeneKind = "float"
     step: float | None = None
     choices: tuple[str, ...] = ()
+    position: int = 0
+
+    @property
+    def ordered(self) -> bool:
+        """Whether what lies between two values is between them in effect."""
+        return self.kind in ("float", "int")
 
     def value(self, coordinate: float) -> float | int | bool | str:
         """The value at a coordinate in [0, 1]."""
@@ -49,7 +58,9 @@ class Gene:
         return min(max(value, self.low), self.high)
 
     def coordinate(self, value: float) -> float:
-        """The coordinate of a value, clipped to [0, 1]."""
+        """The coordinate of a value, clipped to [0, 1]; of a choice by its index, in the middle of its part."""
+        if self.kind == "choice":
+            return (value + 0.5) / len(self.choices)
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
 

@@ -34,6 +34,10 @@ _OUTER: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 
 
+BEHIND = 2**31 - 1
+"""Position in a forward pass of what comes after all layers."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor stands in its model: stack of layers, layer number (None: outside of them), kind."""
@@ -60,6 +64,32 @@ def place_of(tensor: str) -> Place:
         return Place(match["stack"], int(match["index"]), kind)
     kind = next((kind for kind, pattern in _OUTER if pattern.search(tensor)), "other")
     return Place("", None, kind)
+
+
+def positions(groups: Iterable[Group]) -> dict[str, int]:
+    """Group name -> where a forward pass first meets one of its tensors.
+
+    0: before the layers, or unknown; 1 + n: in layer n, the layers of a decoder counted on from those of the encoder;
+    `BEHIND`: only after the last layer (final norm, head).
+    """
+    groups = tuple(groups)
+    places = {tensor: place_of(tensor) for group in groups for tensor in group.tensors}
+    lengths: dict[str, int] = {}
+    for place in places.values():
+        if place.layer is not None:
+            lengths[place.stack] = max(lengths.get(place.stack, 0), place.layer + 1)
+    before: dict[str, int] = {}
+    total = 0
+    for stack in sorted(lengths, key=lambda name: ("decoder" in name, name)):
+        before[stack] = total
+        total += lengths[stack]
+
+    def position(place: Place) -> int:
+        if place.layer is not None:
+            return 1 + before[place.stack] + place.layer
+        return BEHIND if place.kind in ("head", "norm") else 0
+
+    return {group.name: min(position(places[tensor]) for tensor in group.tensors) for group in groups}
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:

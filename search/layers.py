@@ -17,6 +17,7 @@ from search.errors import CheckpointError, RecipeError
 from search.grouping import LAYER
 from search.layer_config import LAYER_COUNTS, changed_config
 from search.merge.sources import TensorSource
+from search.paths.families import family_of
 from search.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -189,6 +190,11 @@ def check_layers(checkpoints: Mapping[str, LayeredModel], recipe: Recipe, stacks
     """What `check_compatible` is for merges of whole models: see `stack_sources` for what is refused."""
     assert recipe.layers is not None
     donor, config = stacks[recipe.donor], checkpoints[recipe.donor].config
+    if recipe.scales is not None:
+        try:
+            family_of(config)
+        except RecipeError as error:
+            raise RecipeError(f"scales: {error}") from error
     for model, stack in stacks.items():
         for key in ("architectures", "model_type"):
             theirs = checkpoints[model].config.get(key)
@@ -211,6 +217,11 @@ def check_layers(checkpoints: Mapping[str, LayeredModel], recipe: Recipe, stacks
                     f"layers[{index}].{model}: there is no layer {number}; the model has layers 0 to "
                     f"{len(stacks[model].layers) - 1}"
                 )
+        if recipe.scales is not None and len(set(layer.values())) > 1:
+            raise RecipeError(
+                f"layers[{index}]: merges layers {', '.join(map(str, sorted(set(layer.values()))))}; in a recipe with "
+                "scales a layer has the same number in all its models, since the layer is merged once, as that layer"
+            )
         _check_equal_layers(index, layer, checkpoints, stacks)
     _check_rules(recipe, output_names(stacks, recipe), donor)
 

@@ -34,6 +34,8 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
             for name, ref in setup.models.items()
         },
         "data_sha256": dict(setup.data_sha256),
+        # So that whoever looks at the run knows what is better without making its evaluators.
+        "directions": {name: metric.direction for name, metric in setup.metrics.items()},
         "genes": [gene.name for gene in setup.space.genes],
         "versions": versions(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": device_kind(setup)},

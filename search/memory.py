@@ -31,6 +31,8 @@ WORK_SPACE_BYTES = CUDA_CONTEXT_BYTES // 2
 """What of that is not yet taken when a model is laid over several GPUs."""
 SCRATCH_ELEMENTS = {False: 1 << 18, True: 1 << 24}
 """Elements of a block of the merge, on the CPU and on a GPU."""
+KEPT_PLACEBO_BYTES = 1 << 30
+"""Most that a worker keeps of placebos; what is beyond is drawn again whenever it is merged."""
 REUSE_BYTES = 4 << 30
 """Most that is kept of hidden states where the config does not say how much."""
 DEFAULT_BATCH_TOKENS = 2048
@@ -57,6 +59,7 @@ class Needs:
         activations: the largest batch of any evaluator, see `activation_bytes`.
         merging: buffers of the merge, and one tensor.
         learning: a baseline that learns by gradient: a float32 model and all its activations.
+        placebos: what a worker keeps of placebos of the sources, in main memory whatever the device.
         on_gpu: whether all this is on a GPU; then a worker's main memory holds the live model while it is loaded.
         learned: the float32 model in `learning`.
         block: the largest part of the live model that is not split over GPUs.
@@ -73,12 +76,13 @@ class Needs:
     learned: int = 0
     block: int = 0
     gpus: int = 1
+    placebos: int = 0
     reuse: int | None = None
 
     @property
     def host(self) -> int:
         """Main memory of one worker."""
-        return LIBRARY_BYTES + (CUDA_HOST_BYTES + self.live if self.on_gpu else self._work)
+        return LIBRARY_BYTES + self.placebos + (CUDA_HOST_BYTES + self.live if self.on_gpu else self._work)
 
     @property
     def gpu(self) -> int:
@@ -261,6 +265,9 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
     sizes = [_tensor_bytes(info.dtype, info.shape, setup.dtype) for info in tensors.values()]
     elements = [math.prod(info.shape) for info in tensors.values()]
     live = sum(sizes)
+    if setup.config.space.path is not None:  # at most, the layers on a path: each once for every entry of its pool
+        layers = sum(size for name, size in zip(tensors, sizes, strict=True) if place_of(name).layer is not None)
+        live += layers * (len(setup.config.space.path.pool) - 1)
     on_gpu = setup.device.startswith("cuda") or (setup.device == "auto" and has_gpu)
     width = _width(setup.dtype or str(base.config.get("dtype") or base.config.get("torch_dtype") or "float32"))
     size = model_size(base.config)
@@ -271,6 +278,9 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         learned = 4 * sum(elements)
         learning = learned + 4 * max(elements) + trained
     blocks = SCRATCH_ELEMENTS[on_gpu] * 4 * (len(setup.config.models.sources) + 3) * (1 if on_gpu else cluster.threads)
+    placebos = 0
+    if setup.config.certify.placebo:
+        placebos = min(KEPT_PLACEBO_BYTES, 4 * sum(elements) * len(setup.config.models.sources))
     return Needs(
         sources=sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
         live=live,
@@ -281,6 +291,7 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
         learned=learned,
         block=_largest_block(dict(zip(tensors, sizes, strict=True))),
         gpus=max(1, math.ceil(cluster.gpus_per_worker)) if on_gpu else 1,
+        placebos=placebos,
         reuse=None if cluster.reuse_gib is None else int(cluster.reuse_gib * 2**30),
     )
 

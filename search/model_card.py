@@ -9,6 +9,7 @@ import yaml
 
 from search.checkpoints.reading import Checkpoint
 from search.recipe import Recipe
+from search.verdict_text import notes
 
 if TYPE_CHECKING:
     from search.finals import Verdict
@@ -48,7 +49,8 @@ def model_card(
         "|---|---|---|",
     ]
     for name, ref in recipe.models.items():
-        lines.append(f"| {name} | {_short(ref.path)} | {(ref.sha256 or '')[:16]} |")
+        placebo = "" if ref.random_delta is None else f", as a placebo of seed {ref.random_delta}"
+        lines.append(f"| {name} | {_short(ref.path)}{placebo} | {(ref.sha256 or '')[:16]} |")
     lines += ["", f"Recipe hash: `{recipe.hash}`.", ""]
     if candidate is not None:
         lines += [f"Candidate {candidate.id} of the run, origin: {candidate.origin}.", ""]
@@ -58,6 +60,7 @@ def model_card(
         lines.append("")
     if verdict is not None:
         lines += [verdict.sentence(), "", markdown_table(verdict), ""]
+        lines += [line for note in notes(verdict) for line in (note, "")]
     if setup is not None:
         lines += [f"Seed of the run: {setup.config.seed}.", ""]
     lines += ["`recipe.yaml` beside this file is the whole merge. To make it again:", ""]
@@ -99,10 +102,12 @@ def _license(folder: Path) -> dict[str, str]:
 def markdown_table(verdict: Verdict) -> str:
     """The certify table of a verdict in Markdown."""
     metrics = list(verdict.rows[-1].metrics)
-    head = ["model", "objective", "95 % interval", *metrics, "winner minus this", "p (Holm)"]
+    head = ["model", "objective", "95 % interval", *metrics, "winner minus this", "95 % interval", "d", "p (Holm)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in verdict.rows:
         difference = "" if row.difference is None else f"{row.difference:+.4f}"
+        interval = "" if row.difference is None else f"{row.difference_low:+.4f} to {row.difference_high:+.4f}"
+        effect = "" if row.effect is None else f"{row.effect:+.2f} ({row.effect_low:+.2f} to {row.effect_high:+.2f})"
         p = "" if row.p is None else f"{row.p:.2g}"
         cells = [
             row.label,
@@ -110,6 +115,8 @@ def markdown_table(verdict: Verdict) -> str:
             f"{row.low:.4f} to {row.high:.4f}",
             *(f"{row.metrics[name]:.4f}" for name in metrics),
             difference,
+            interval,
+            effect,
             p,
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -29,6 +29,10 @@ class NevergradBox:
 
     BLAS runs on one thread inside, since CMA's asks depend on the number of threads.
 
+    Choices and bools are coordinates like others. nevergrad's own parameters for them serve its discrete methods no
+    better (with `DiscreteOnePlusOne` on 49 genes a loss of 0.009 by integers and 0.1 to 0.5 by its choices, against
+    0.008 on the box), and cost 3 to 8 times the time for each candidate.
+
     Args:
         make: called with (parametrization, budget, num_workers).
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evaluators.base import Metric
 from search.config import Constraint, ObjectivesConfig
@@ -52,11 +52,18 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted mean of metrics under constraints."""
+    """A weighted mean of metrics under constraints.
+
+    Attributes:
+        pareto: whether the front of the terms is searched, and not only the best mean.
+        pick: what chooses from that front, see `search.pareto.pick`.
+    """
 
     terms: tuple[Term, ...]
     constraints: tuple[Constraint, ...]
     needs_parents: bool
+    pareto: bool = False
+    pick: str = "knee"
 
     def against(self, parents: Sequence[Mapping[str, float]]) -> Objective:
         """This objective normalised so that, per metric, the best parent is 0 and the worst is 1.
@@ -73,7 +80,7 @@ class Objective:
             width = max(losses) - min(losses)
             scale = width if width > 0 else (abs(losses[0]) or 1.0)
             terms.append(Term(term.metric, term.weight, term.sign, term.sign * min(losses), scale))
-        return Objective(tuple(terms), self.constraints, needs_parents=False)
+        return replace(self, terms=tuple(terms), needs_parents=False)
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """The weighted mean of the normalised terms; smaller is better, NaN if a metric is."""
@@ -117,4 +124,6 @@ def make_objective(
         Term(term.metric, term.weight, 1 if metrics[term.metric].direction == "minimize" else -1)
         for term in config.terms
     )
-    return Objective(terms, tuple(constraints), needs_parents=config.normalize == "parents")
+    return Objective(
+        terms, tuple(constraints), config.normalize == "parents", pareto=config.search == "pareto", pick=config.pick
+    )

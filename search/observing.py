@@ -7,10 +7,11 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from search.errors import InterruptedRun
+from search.pareto.front import FrontTracker
 from search.pool import Outcome, Pool, Publisher
 from search.progress import Progress, Watcher
 from search.run_log import emit, log_to
@@ -39,10 +40,14 @@ class Observer:
     watcher: Watcher
     _publish: Publisher | None = None
     _logged: tuple[float, str] = (0.0, "")
+    _front: FrontTracker | None = None
+    _origins: dict[int, str] = field(default_factory=dict)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Observer:
         config = self.setup.config
+        if self.setup.objective.pareto:
+            self._front = FrontTracker(self.setup.objective, len(config.models.sources))
         self._stack.enter_context(log_to(self.folder.events_log, self.watcher.line))
         started = {"pid": os.getpid(), "host": platform.node(), "workers": config.cluster.workers}
         emit("started", run=self.folder.name, name=config.name, pool=config.cluster.pool, **started)
@@ -77,26 +82,43 @@ class Observer:
 
     def know(self, trials: Iterable[Trial], origins: Mapping[int, str]) -> None:
         """What the history held before."""
-        self._tracking.know(trials, origins)
+        known = list(trials)
+        self._tracking.know(known, origins)
+        self._origins.update(origins)
+        if self._front is not None:
+            for trial in known:
+                self._front.note(trial, self._origins[trial.candidate])
 
     def progress(self, state: Progress) -> None:
         """The state after a change."""
+        if self._front is not None:
+            state = replace(state, front=self._front.size, hypervolume=self._front.hypervolume)
         self.watcher.progress(state)
         if self._publish is not None:
             self._publish.publish(state)
         now = time.monotonic()
-        if now - self._logged[0] >= PROGRESS_SECONDS or self._logged[1] != state.phase:
-            self._logged = now, state.phase
+        phase = f"{state.arm} {state.phase}" if state.arm else state.phase
+        if now - self._logged[0] >= PROGRESS_SECONDS or self._logged[1] != phase:
+            self._logged = now, phase
             counts = {"done": state.done, "total": state.total, "busy": state.busy, "workers": state.workers}
-            emit("progress", phase=state.phase, **counts)
+            emit("progress", phase=phase, **counts, **self._of_front())
 
     def recorded(self, event: Ask | Trial) -> None:
         """An ask or a trial that is in the history now."""
         if isinstance(event, Ask):
+            self._origins[event.candidate] = event.origin
             emit("asked", candidate=event.candidate, origin=event.origin)
         else:
-            emit("trial", "warning" if event.failure_kind else "info", **_fields(event))
-        self._tracking.recorded(event)
+            if self._front is not None:
+                self._front.note(event, self._origins[event.candidate])
+            emit("trial", "warning" if event.failure_kind else "info", **_fields(event), **self._of_front())
+        self._tracking.recorded(event, self._of_front())
+
+    def _of_front(self) -> dict[str, float]:
+        """Size and hypervolume of the front so far; nothing without a search for one."""
+        if self._front is None or self._front.size is None or self._front.hypervolume is None:
+            return {}
+        return {"front": self._front.size, "hypervolume": self._front.hypervolume}
 
     def failed(self, outcome: Outcome) -> None:
         """A failure, with its traceback."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from evaluators.base import Scores
 from evaluators.registry import Registry
 from search.genome import Gene
+from search.objective import Term
 
 Vector = NDArray[np.float64]
+
+
+class OptimizerOptions(BaseModel):
+    """Base of an optimiser's options, and the options of one that has none: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+NO_OPTIONS = OptimizerOptions()
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,8 @@ class Problem:
         step: first step where the method has one, as a fraction of the range.
         genes: what the coordinates mean, in their order; empty where nobody said.
         objectives: how many losses a `Result` has.
+        terms: what they are, in their order: metric, direction and weight; empty where nobody said.
+        options: an instance of the optimiser's `Options`.
     """
 
     start: Vector
@@ -37,6 +50,8 @@ class Problem:
     step: float
     genes: tuple[Gene, ...] = ()
     objectives: int = 1
+    terms: tuple[Term, ...] = ()
+    options: Any = NO_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,39 @@ class LearnsFromResults(Protocol):
         """What is known of a point, in the order of the history. The point was asked before."""
 
 
+@runtime_checkable
+class LearnsFromGeneration0(Protocol):
+    """An optimiser with members, which can start from what generation 0 measured."""
+
+    def take_member(self, point: Vector, result: Result) -> None:
+        """A point that was not asked and what is known of its merge; before the first ask, in the order of the
+        history."""
+
+
 MakeOptimizer = Callable[[Problem], Optimizer]
+"""A function, or a class. It may have `Options`, a subclass of `OptimizerOptions` for the keys beside `name` in the
+config; `Problem.options` is then an instance of it."""
 
 OPTIMIZERS: Registry[MakeOptimizer] = Registry("optimizer", "search.optimizers", "meiosis.optimizers")
+
+
+def options_class(name: str) -> type[OptimizerOptions]:
+    """The options of an optimiser; those of nevergrad's registry have none.
+
+    Raises:
+        UserError: a plug-in that cannot be imported.
+    """
+    if name not in OPTIMIZERS.names() and ":" not in name:
+        return OptimizerOptions
+    return cast(type[OptimizerOptions], getattr(OPTIMIZERS.get(name), "Options", OptimizerOptions))
+
+
+@dataclass(frozen=True)
+class WithOptions:
+    """The maker of an optimiser with these options."""
+
+    make: MakeOptimizer
+    options: OptimizerOptions
+
+    def __call__(self, problem: Problem) -> Optimizer:
+        return self.make(replace(problem, options=self.options))

@@ -12,7 +12,7 @@ from search.baseline import BaselineOptions, Generation0, Proposal, parents_by_l
 from search.curves import slerp_rule
 from search.scales import Distinct
 
-_ALL_PAIRS_UP_TO = 3
+ALL_PAIRS_UP_TO = 3
 
 
 def _within(shares: Sequence[float]) -> Sequence[float]:
@@ -42,7 +42,7 @@ class PairBaseline:
 
     def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
         chosen = list(known.sources)
-        if len(chosen) > _ALL_PAIRS_UP_TO:
+        if len(chosen) > ALL_PAIRS_UP_TO:
             chosen = (yield from parents_by_loss(known))[:2]
         for first, second in combinations(chosen, 2):
             for t in known.options.t:

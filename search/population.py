@@ -16,8 +16,10 @@ from evaluators.base import Scores
 from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
 from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
-from search.optimizer import LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
+from search.optimizer import LearnsFromGeneration0, LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
+from search.pareto.starts import front_ids
 from search.recipe import Recipe
+from search.same_merge import same_merge
 from search.seeds import derive_seed
 from search.soups.plan import LearnSoup
 from search.space import Space
@@ -89,6 +91,7 @@ class Population:
         self._budget, self._window, self._seed, self._step = budget, window, seed, step
         self._candidates: list[Candidate] = []
         self._metrics: dict[int, Mapping[str, float] | None] = {}
+        self._scores: dict[int, Mapping[str, Scores]] = {}
         self._labels: dict[str, int] = {}
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
@@ -155,6 +158,8 @@ class Population:
     ) -> None:
         """What was measured of a candidate; metrics are None for a failure. Call in the order of the history."""
         self._metrics[candidate] = metrics
+        if self._optimizer is None and metrics is not None and candidate in self._weights:
+            self._scores[candidate] = scores or {}
         if self.objective.needs_parents and self._parents_are_known():
             found = [metrics for id_ in self._parent_ids() if (metrics := self._metrics[id_]) is not None]
             if found:
@@ -215,7 +220,7 @@ class Population:
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
         ranked = sorted(self._weights, key=lambda id_: (self.objective.judge(self._metrics[id_]).loss, id_))
-        starts = [genome for id_ in ranked if (genome := self._space.suggest(self._weights[id_])) is not None]
+        starts = [genome for id_ in ranked if (genome := self._suggested(id_)) is not None]
         start = starts[0] if starts else self._space.initial()
         remaining = max(self._budget - len(self._candidates), 1)
         optimizer = self._make_optimizer(
@@ -227,11 +232,38 @@ class Population:
                 self._step,
                 self._space.genes,
                 len(self.objective.terms),
+                self.objective.terms,
             )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
-        optimizer.suggest(start.vector())
+        handed = self._hand_over(optimizer) if isinstance(optimizer, LearnsFromGeneration0) else set()
+        suggested = [start]
+        if self.objective.pareto:
+            # The ends of a front are near the parents, far from the best mean.
+            front = front_ids(self.objective, {id_: self._metrics[id_] for id_ in self._weights})
+            suggested += [end for id_ in front if (end := self._suggested(id_)) is not None]
+        for genome in dict.fromkeys(suggested):
+            if genome not in handed:
+                optimizer.suggest(genome.vector())
         return optimizer
+
+    def _hand_over(self, optimizer: LearnsFromGeneration0) -> set[Genome]:
+        """Tell an optimiser what generation 0 measured of genomes of the space; returns these."""
+        known: set[Genome] = set()
+        for id_, scores in self._scores.items():
+            genome = self._suggested(id_)
+            if genome is None or genome in known:
+                continue
+            if same_merge(self._candidates[id_].recipe, self._space.decode(genome)):
+                known.add(genome)
+                optimizer.take_member(genome.vector(), self._result(self._metrics[id_], scores, censored=False))
+        self._scores.clear()
+        return known
+
+    def _suggested(self, candidate: int) -> Genome | None:
+        """The genome that comes closest to a recipe of generation 0."""
+        operator = self._candidates[candidate].recipe.rules[0].operator
+        return self._space.suggest(self._weights[candidate], operator)
 
     def _parent_ids(self) -> list[int]:
         return [

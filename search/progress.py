@@ -19,6 +19,9 @@ class Progress:
         best, best_origin: the best feasible trial on the search items so far, and its origin.
         failures: failed trials on the search items.
         busy, workers: workers at work, and all of them.
+        front, hypervolume: points of the front on the search items and the volume they dominate, of a search for a
+            front whose parents are known.
+        arm: the search beside the main one that this is the state of; empty for the main one.
     """
 
     phase: ItemPool
@@ -29,6 +32,9 @@ class Progress:
     failures: int = 0
     busy: int = 0
     workers: int = 0
+    front: int | None = None
+    hypervolume: float | None = None
+    arm: str = ""
 
 
 @dataclass(frozen=True)

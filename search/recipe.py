@@ -36,6 +36,13 @@ class ModelRef(BaseModel):
     statistics: str | None = Field(
         None, description="file that `meiosis statistics` wrote, for operators that need one"
     )
+    random_delta: int | None = Field(
+        None,
+        ge=0,
+        lt=2**32,
+        description="seed of a placebo: the base plus random changes of the norms that this model's have, tensor by "
+        "tensor, instead of the model",
+    )
 
 
 class Rule(BaseModel):
@@ -99,6 +106,11 @@ class Recipe(BaseModel):
         description="for models with other layers than their own: for every layer of the output, model name -> number "
         "of the layer that is read; tensors outside the layers are read as they are",
     )
+    scales: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = Field(
+        None,
+        description="makes `layers` a path: for every layer of the output, the factor on the hidden state that enters "
+        "it, folded into the weights that are written; a layer that is read twice is the same layer twice",
+    )
     vocabulary: Vocabulary | None = Field(
         None, description="for models whose tokenizers differ: what to do with tokens"
     )
@@ -110,7 +122,8 @@ class Recipe(BaseModel):
         return self.base if self.base is not None else next(iter(self.models))
 
     def check(self) -> None:
-        """Raise `RecipeError` for a name that `models` does not have."""
+        """Raise `RecipeError` for a name that `models` does not have, scales that do not fit, or a placebo of
+        nothing."""
         for where, name in [
             ("base", self.base),
             *((f"rules[{i}].sources", s) for i, r in enumerate(self.rules) for s in r.sources),
@@ -121,6 +134,18 @@ class Recipe(BaseModel):
                 from search.errors import nearest
 
                 raise RecipeError(f"{where}: no model is called '{name}'{nearest(name, self.models)}")
+        if self.scales is not None:
+            if len(self.scales) != len(self.layers or ()):
+                raise RecipeError(
+                    f"scales: found {len(self.scales)} numbers for {len(self.layers or ())} layers; expected one for "
+                    "every entry of `layers`"
+                )
+            if 0.0 in self.scales:
+                raise RecipeError(f"scales[{self.scales.index(0.0)}]: is 0, which no layer could undo; leave it out")
+        for name, ref in self.models.items():
+            if ref.random_delta is not None and self.base in (None, name):
+                found = "the recipe has no base" if self.base is None else f"'{name}' is the base itself"
+                raise RecipeError(f"models.{name}.random_delta: changes the base at random, and {found}; name a base")
 
     def assign(self, tensor_names: Iterable[str]) -> dict[str, Rule]:
         """The rule of every tensor, in the order given.
@@ -171,8 +196,10 @@ class Recipe(BaseModel):
             data["statistics"] = statistics
         if adapts := {name: ref.adapts for name, ref in sorted(self.models.items()) if ref.adapts}:
             data["adapts"] = adapts
+        if deltas := {n: ref.random_delta for n, ref in sorted(self.models.items()) if ref.random_delta is not None}:
+            data["random_delta"] = deltas
         # Younger than the first hashes:
-        for name in ("input_dtype", "compute", "layers", "vocabulary", "chat_template"):
+        for name in ("input_dtype", "compute", "layers", "scales", "vocabulary", "chat_template"):
             if data[name] == type(self).model_fields[name].default:
                 del data[name]
         return data

@@ -11,6 +11,7 @@ from search.store.atomic import write_atomic
 from search.store.events import Trial
 from search.store.run_folder import RunFolder
 from search.utilisation import WorkerUse, together, worker_uses
+from search.verdict_text import notes
 
 
 def write_report(
@@ -20,11 +21,13 @@ def write_report(
     candidates: int,
     ended: str = "",
     trials: Iterable[Trial] = (),
+    front: Iterable[str] = (),
 ) -> None:
     """Write `report.md` into the run folder of a search that evaluated so many candidates in these trials.
 
     Args:
         ended: sentence that says by what the search ended.
+        front: the section on the front of the run.
     """
     objectives = ", ".join(f"{term.metric} (weight {term.weight:g})" for term in setup.config.objectives.terms)
     scaled = "each scaled to best parent 0, worst parent 1"
@@ -43,6 +46,8 @@ def write_report(
         "",
         markdown_table(verdict),
         "",
+        *(line for note in notes(verdict) for line in (note, "")),
+        *front,
         *_workers(worker_uses(trials)),
     ]
     write_atomic(folder.report, "\n".join(lines).encode())

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from search.arms import Arms, with_arms
 from search.budget import Budget, Spending, Used, end_in_force, why_ended
+from search.certificate import ArmName
 from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
 from search.extension import extend, items_per_candidate
-from search.finals import Verdict, finish
+from search.finals import Verdict, earlier_verdicts, finish
 from search.in_flight import Key
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
 from search.observing import Observer
-from search.pool import Pool, WorkerPlan
+from search.pareto.recorded import pick_trial
+from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
@@ -92,6 +96,7 @@ def resume(
     *,
     budget: Mapping[str, Any] | None = None,
     places: Sequence[Path] = (),
+    arms: Sequence[ArmName] = (),
 ) -> Finished:
     """Go on with a run exactly where it stopped, extend it, or show what a finished one found.
 
@@ -103,13 +108,15 @@ def resume(
             certified again, its earlier verdict stays in the history, and the model is replaced when the new
             one is whole.
         places: folders to look in for models and data that are no longer where they were.
+        arms: searches that the winner is compared with beside those that the config names. A finished run keeps its
+            winner and gets a new verdict with more rows.
 
     Raises:
         UserError: models or data are nowhere, or the new limits allow nothing.
         RunError: sources or evaluator data are not those of the start, or another driver is at work.
     """
     setup = load_setup(folder, watcher, changes, places)
-    return _carry_on(setup, folder, make_pool, watcher, budget or {}, places)
+    return _carry_on(setup, folder, make_pool, watcher, budget or {}, places, arms)
 
 
 def make_population(setup: Setup, in_flight: int) -> Population:
@@ -135,6 +142,7 @@ def _carry_on(
     watcher: Watcher,
     changes: Mapping[str, Any] | None = None,
     places: Sequence[Path] = (),
+    arms: Sequence[ArmName] = (),
 ) -> Finished:
     search, cluster = setup.config.search, setup.config.cluster
     in_flight = int(read_manifest(folder)["window"])
@@ -156,9 +164,13 @@ def _carry_on(
             history.append(extension)
             events.append(extension)
 
-        def pool() -> Pool:
+        setup = with_arms(setup, folder.arms, arms)
+
+        def start_pool() -> Pool:
             folder.workers.mkdir(exist_ok=True)
             return seen.pool(make_pool(setup, worker_plan(setup), folder.workers))
+
+        workers = _Workers(start_pool)
 
         def progress(state: Progress) -> None:
             sessions.tick()
@@ -182,7 +194,7 @@ def _carry_on(
             population,
             history,
             Spool(folder.spool),
-            pool,
+            workers.get,
             Limits(budget.candidates, in_flight, ordered=search.order == "ordered"),
             progress,
             stop=stop,
@@ -197,10 +209,19 @@ def _carry_on(
                 with sessions.searching():
                     driver.search()
                 seen.line(why_ended(len(driver.population.candidates), driver.limit, budget))
-                earlier = sum(isinstance(event, End) for event in events)
-                ended = finish(driver, setup.evaluators, search.finalists, setup.config.seed, earlier)
-            driver.close()  # what is left to do needs no workers, and other runs on the cluster may
-            model = _hand_over(setup, folder, driver, ended, budget, seen.line)
+            if ended is None or (
+                ended.candidates_searched and {*setup.config.certify.arms} - {arm.name for arm in ended.arms}
+            ):
+                drive = partial(_drive_arm, in_flight, items, progress, stop, seen.failed)
+                beside = Arms(setup, folder.arms, drive, workers.get, seen.line, driver)
+                used = Used.of(history.events(), sessions, items)
+                compare = partial(beside.run, used.item_evaluations)
+                ended = finish(
+                    driver, setup.evaluators, search.finalists, setup.config.seed, earlier_verdicts(events), compare
+                )
+            workers.close()  # what is left to do needs none, and other runs on the cluster may
+            again = sum(isinstance(event, End) for event in history.events()) > 1
+            model = _hand_over(setup, folder, driver, ended, budget, seen.line, again)
         except DeviceLostError as error:  # of this process: the in-process pool has no other worker
             raise RunError(f"{error}") from error
         except KeyboardInterrupt:
@@ -210,24 +231,93 @@ def _carry_on(
                 f"go on with: meiosis resume {folder.address}"
             ) from None
         finally:
-            driver.close()
+            workers.close()
     return Finished(folder, ended, model)
 
 
+def _drive_arm(
+    in_flight: int,
+    items: int,
+    progress: Callable[[Progress], None],
+    stop: Callable[[], bool],
+    failed: Callable[[Outcome], None],
+    setup: Setup,
+    history: History,
+    spool: Path,
+    budget: Budget,
+    pool: Callable[[], Pool],
+    name: ArmName,
+) -> Driver:
+    """The driver of a search beside the main one, which differs in nothing but setup, budget and where it writes."""
+
+    def show(state: Progress) -> None:
+        if state.phase == "search" and budget.item_evaluations is not None:
+            state = replace(state, total=max(state.done, -(-budget.item_evaluations // items)))
+        progress(replace(state, arm=name))
+
+    return Driver(
+        make_population(setup, in_flight),
+        history,
+        Spool(spool),
+        pool,
+        Limits(budget.candidates, in_flight, ordered=setup.config.search.order == "ordered"),
+        show,
+        stop=stop,
+        failed=failed,
+        spending=Spending(budget, items, setup.config.cluster.gpus_per_worker),
+    )
+
+
+class _Workers:
+    """The workers of a run, started when the first candidate must be evaluated, whoever asks for that."""
+
+    def __init__(self, start: Callable[[], Pool]) -> None:
+        self._start = start
+        self._pool: Pool | None = None
+
+    def get(self) -> Pool:
+        """The workers."""
+        if self._pool is None:
+            self._pool = self._start()
+        return self._pool
+
+    def close(self) -> None:
+        """Release them. May be called twice."""
+        if self._pool is not None:
+            self._pool.close()
+
+
 def _hand_over(
-    setup: Setup, folder: RunFolder, driver: Driver, verdict: Verdict, budget: Budget, report: Callable[[str], None]
+    setup: Setup,
+    folder: RunFolder,
+    driver: Driver,
+    verdict: Verdict,
+    budget: Budget,
+    report: Callable[[str], None],
+    again: bool,
 ) -> Path:
-    """Export the winner, unless that was done, and write the report; returns the folder of the model."""
+    """Export the winner, unless that was done, and write the report; returns the folder of the model.
+
+    Args:
+        again: whether there was a verdict before, by which the model may have been exported.
+    """
     from search.export import export_candidate  # needs torch, whose import would delay the first candidate
 
     model = folder.best
-    if not model.exists() or (verdict.earlier and not _is_exported(model, verdict)):
+    if not model.exists() or (again and not _is_exported(model, verdict)):
         report("exporting the winner")
         winner = driver.population.candidates[verdict.winner]
-        export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=verdict.earlier > 0)
+        export_candidate(setup, winner, driver.trials, model, verdict=verdict, overwrite=again)
     asked = len(driver.population.candidates)
     why = why_ended(asked, driver.limit, budget)
-    write_report(folder, setup, verdict, asked, why, driver.trials.values())
+    front: list[str] = []
+    if setup.objective.pareto:
+        from search.pareto.report import PICTURE, front_section, write_picture
+
+        front = front_section(driver, verdict.winner)
+        if write_picture(driver, verdict.winner, folder.path / PICTURE):
+            front += [f"The picture of it is `{PICTURE}`.", ""]
+    write_report(folder, setup, verdict, asked, why, driver.trials.values(), front)
     return model
 
 
@@ -271,6 +361,7 @@ def export_trial(
     *,
     overwrite: bool = False,
     places: Sequence[Path] = (),
+    pick: str | None = None,
 ) -> Candidate:
     """Write one candidate of a run, finished or not; returns the candidate.
 
@@ -279,9 +370,10 @@ def export_trial(
         out: folder to write.
         trial: id of the candidate; None for the winner, or the best so far on the search items.
         places: see `resume`.
+        pick: what to choose from the front instead, see `search.pareto.pick`; which trial that is goes to `watcher`.
 
     Raises:
-        UserError: no such candidate, nothing to export yet, or `out` is taken.
+        UserError: no such candidate, none that is as picked, nothing to export yet, or `out` is taken.
     """
     from search.export import export_candidate
 
@@ -295,6 +387,10 @@ def export_trial(
         trials = {(event.candidate, event.items): event for event in events if isinstance(event, Trial)}
     else:
         trials = replay(events, population)
+    if pick is not None:
+        picked = pick_trial(pick, trials.values(), population.objective, setup.metrics, population.candidates)
+        watcher.line(picked.sentence)
+        trial = picked.candidate
     if trial is None:
         trial = ended.winner if ended is not None else _best_so_far(trials, folder)
     if not 0 <= trial < len(population.candidates):

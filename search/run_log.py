@@ -12,7 +12,7 @@
 | asked | info | candidate, origin |
 | trial | info, or warning for a failure | candidate, items, worker, node, merge_seconds, evaluate_seconds, queue_seconds, started_at (Unix), attempts, bytes_read, bytes_moved, layers_run, layers_reused, loss, feasible; kind and why of a failure |
 | failure | warning | candidate, items, detail: a traceback |
-| progress | info | phase, done, total, busy, workers; every few seconds |
+| progress | info | phase (`search`, or `placebo search` of a search beside the main one), done, total, busy, workers; every few seconds |
 | worker_ready | info | worker, node; on Ray greeted_at (Unix), when its first call was answered, which took hello_seconds; build_seconds of the second, and of these model_seconds and evaluator_seconds, the rest being libraries |
 | worker_lost | warning | worker, node, kind and why |
 | worker_released | info | worker, node: it ended for the sake of other runs on the cluster |

@@ -14,17 +14,21 @@ from pydantic import ValidationError
 
 from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
 from evaluators.registry import EVALUATORS, make_evaluator
-from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline, options_class
+from search.auto_optimizer import chosen_optimizer, optimizer_keys
+from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline
+from search.baseline import options_class as baseline_options
 from search.checkpoints.compatibility import check_compatible
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
 from search.checkpoints.reading import Checkpoint, open_checkpoint
 from search.checkpoints.view import require_model
-from search.config import Config, LoadedConfig
+from search.config import Config, LoadedConfig, OptimizerConfig
 from search.errors import CheckpointError, ConfigError, UserError, nearest
 from search.machine import gpus_are_hidden
 from search.objective import Objective, make_objective
-from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem
+from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
+from search.pareto.pick import parse_pick, resolve
+from search.paths.stages import in_two_stages, two_problems
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -91,6 +95,13 @@ def first_problem(config: Config, space: Space) -> Problem:
     )
 
 
+def _staged(config: Config, space: Space, make: MakeOptimizer) -> MakeOptimizer:
+    """The optimiser of the whole genome: one, or one for the merge and one for its path."""
+    path = config.space.path
+    after = path is not None and path.stage == "after"
+    return in_two_stages(make, len(space.parameters.genes), path.share) if path is not None and after else make
+
+
 class _Faults:
     """Collects faults with their lines."""
 
@@ -128,15 +139,7 @@ def check(
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
     faults.lines += tracker_faults(loaded)
-    cluster = config.cluster
-    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
-        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
-        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
-    make_optimizer: MakeOptimizer | None = None
-    try:
-        make_optimizer = optimizer_named(config.search.optimizer.name)
-    except UserError as error:
-        faults.add(("search", "optimizer"), str(error))
+    _check_gpus(config, faults)
     checkpoints = _checkpoints(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
@@ -144,28 +147,20 @@ def check(
     try:
         space = make_space(
             # Without a base there are no tensors that patterns could match; all else can be checked.
-            config.space if there else config.space.model_copy(update={"patterns": {}}),
+            config.space if there else config.space.model_copy(update={"patterns": {}, "path": None}),
             tensors=_tensor_names(checkpoints) if there else (),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype,
+            model_config=checkpoints[BASE].config if there else None,
         )
     except SpaceError as error:
         faults.add(("space", *error.key), str(error))
     if there:
         _check_architecture(checkpoints[BASE], evaluators, faults)
-    # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
-    if (
-        there
-        and space is not None
-        and make_optimizer is not None
-        and config.search.optimizer.name not in OPTIMIZERS.names()
-    ):
-        try:
-            make_optimizer(first_problem(config, space))
-        except UserError as error:
-            faults.add(("search", "optimizer"), str(error))
+    optimizer = chosen_optimizer(config, space)
+    make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
@@ -186,7 +181,7 @@ def check(
     assert space is not None
     assert make_optimizer is not None
     return Setup(
-        config=_absolute(loaded, checkpoints, evaluators, baselines),
+        config=_absolute(loaded, checkpoints, evaluators, baselines, optimizer),
         checkpoints=checkpoints,
         models=models,
         space=make_space(
@@ -196,11 +191,12 @@ def check(
             sources=config.models.sources,
             seed=config.seed,
             dtype=config.cluster.dtype or merged_dtype(checkpoints[BASE]),
+            model_config=checkpoints[BASE].config,
         ),
         evaluators=evaluators,
         metrics=metrics,
         objective=make_objective(config.objectives, config.constraints, metrics),
-        make_optimizer=make_optimizer,
+        make_optimizer=_staged(config, space, make_optimizer),
         data_sha256={name: evaluator.data_sha256() for name, evaluator in evaluators.items()},
     )
 
@@ -220,6 +216,15 @@ def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _
                 ("search", "limits", "item_evaluations"),
                 f"{items} is too small; every parent, the base and one merge take {needed} search items",
             )
+
+
+def _check_gpus(config: Config, faults: _Faults) -> None:
+    cluster = config.cluster
+    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
+        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
+        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
+    if config.space.path is not None and cluster.gpus_per_worker > 1:
+        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
 
 
 def has_gpu() -> bool:
@@ -276,10 +281,38 @@ def _baselines(
         try:
             found[entry.name] = check_baseline(entry.name, entry.options, facts)
         except ValidationError as error:
-            faults.lines += loaded.source.faults(error, options_class(entry.name), (*key, entry.name))
+            faults.lines += loaded.source.faults(error, baseline_options(entry.name), (*key, entry.name))
         except UserError as error:
             faults.add((*key, entry.name), str(error))
     return found
+
+
+def _problems(config: Config, space: Space) -> tuple[Problem, ...]:
+    """All that an optimiser will be asked to solve."""
+    problem, path = first_problem(config, space), config.space.path
+    if path is not None and path.stage == "after":
+        return two_problems(problem, len(space.parameters.genes), path.share)
+    return (problem,)
+
+
+def _optimizer(
+    loaded: LoadedConfig, section: OptimizerConfig, space: Space | None, faults: _Faults
+) -> MakeOptimizer | None:
+    """The maker of the optimiser, with its options; with a space it was tried where it may refuse."""
+    key = ("search", "optimizer")
+    try:
+        make = optimizer_named(section.name, section.options)
+        # Those of nevergrad can refuse a problem; to ask them means to import them, which ours can be spared.
+        if space is not None and section.name not in OPTIMIZERS.names():
+            for problem in _problems(loaded.config, space):
+                make(problem)
+    except ValidationError as error:
+        faults.lines += loaded.source.faults(error, optimizer_keys(section.name), key)
+        return None
+    except UserError as error:
+        faults.add(key, str(error))
+        return None
+    return make
 
 
 def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
@@ -300,6 +333,12 @@ def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working:
         look_at(term.metric, ("objectives", index) if as_list else ("objectives", "terms", index))
     for index, constraint in enumerate(config.constraints):
         look_at(constraint.metric, ("constraints", index))
+    try:
+        wanted = parse_pick(config.objectives.pick)
+        if working.issuperset(config.evaluators):
+            resolve(wanted, metrics)
+    except UserError as error:
+        faults.add(("objectives", "pick"), str(error))
 
 
 def _model_key(name: str) -> Location:
@@ -361,6 +400,7 @@ def _absolute(
     checkpoints: Mapping[str, Checkpoint],
     evaluators: Mapping[str, Evaluator],
     baselines: Mapping[str, BaselineOptions],
+    optimizer: OptimizerConfig,
 ) -> Config:
     """The config with every path absolute and all options, so that the run folder is enough to go on from anywhere."""
     data: dict[str, Any] = loaded.config.model_dump(mode="json")
@@ -374,6 +414,8 @@ def _absolute(
         for name, evaluator in evaluators.items()
     }
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
+    options = options_class(optimizer.name).model_validate(optimizer.options).model_dump(mode="json")
+    data["search"]["optimizer"] = {"name": optimizer.name, "step": optimizer.step, **options}
     data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     if not is_url(loaded.config.results):

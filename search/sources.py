@@ -42,6 +42,7 @@ class OpenedSources:
         without: files of the donor that the output must not have.
         statistics: model name -> its statistics, where it has some.
         specs: model name -> tensor -> shape, and the dtype of an output that takes after it.
+        read_as: tensor of the output -> the name under which `tensors` have it, for paths.
         read_as_other: tensors that some model gives in another dtype than an output that takes after it has (fp8).
     """
 
@@ -53,6 +54,7 @@ class OpenedSources:
     statistics: Mapping[str, TensorSource] = field(default_factory=dict)
     specs: Mapping[str, Mapping[str, Spec]] = field(default_factory=dict)
     read_as_other: frozenset[str] = frozenset()
+    read_as: Mapping[str, str] = field(default_factory=dict)
 
     def dtypes(self, model: str) -> dict[str, torch.dtype]:
         """The dtypes of outputs that take after tensors of `model` which are read in another dtype (fp8)."""
@@ -173,7 +175,11 @@ def open_sources(
     donor = donor or (recipe.donor if recipe is not None else next(iter(checkpoints)))
     viewed = view_models(checkpoints, recipe, donor=donor)
     views = viewed.views
-    tensors = {name: view.open() for name, view in views.items()}
+    tensors: Mapping[str, TensorSource] = {name: view.open() for name, view in views.items()}
+    if recipe is not None and any(ref.random_delta is not None for ref in recipe.models.values()):
+        from search.merge.random_deltas import Kept, with_random_deltas  # needs torch
+
+        tensors = with_random_deltas(tensors, recipe.models, recipe.base, Kept(0))
     opened = OpenedSources(
         tensors,
         config=changes(checkpoints[donor].config, views[donor].config),
@@ -187,19 +193,21 @@ def open_sources(
     stacks = stacks_of(views, recipe)
     stacked = stack_sources(views, tensors, recipe)
     reads = {name: read_names(stack, name, recipe) for name, stack in stacks.items()}
+    opened = replace(
+        opened,
+        names=stacked.names,
+        config={**opened.config, **stacked.config},
+        specs={n: {o: views[n].tensors[t] for o, t in read.items()} for n, read in reads.items()},
+        read_as_other=frozenset(o for n, r in reads.items() for o, t in r.items() if t in _in_fp8(checkpoints[n])),
+    )
+    if recipe.scales is not None:  # a layer that is read twice is merged under its own name both times
+        own = {ours: theirs for read in reads.values() for ours, theirs in read.items()}
+        return replace(opened, read_as=own, statistics=_open_statistics(recipe.models, recipe))
     statistics: dict[str, TensorSource] = {}
     for name, found in _open_statistics(recipe.models, recipe).items():
         parts = {f"{kind}/{ours}": f"{kind}/{theirs}" for kind in KINDS for ours, theirs in reads[name].items()}
         statistics[name] = LayerStack(found, {ours: part for ours, part in parts.items() if part in found.names})
-    return replace(
-        opened,
-        tensors=stacked.sources,
-        names=stacked.names,
-        config={**opened.config, **stacked.config},
-        statistics=statistics,
-        specs={n: {o: views[n].tensors[t] for o, t in read.items()} for n, read in reads.items()},
-        read_as_other=frozenset(o for n, r in reads.items() for o, t in r.items() if t in _in_fp8(checkpoints[n])),
-    )
+    return replace(opened, tensors=stacked.sources, statistics=statistics)
 
 
 def merged_dtype(base: Checkpoint) -> str | None:

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, why_ended
+from search.certificate import ARMS
 from search.errors import MeiosisError
 from search.finals import Verdict
 from search.limits import LimitsConfig
 from search.manifest import read_manifest
+from search.pareto.recorded import tracked_front
 from search.run_log import last_events
 from search.store.copied import COPIED, read_copied
 from search.store.events import Ask, Trial
@@ -55,6 +58,9 @@ class RunStatus:
         model: exported model, where there is one.
         winner: the candidate that a finished run chose, which need not be the best on the search items.
         workers: workers and nodes of a run on Ray as its pool last saw them.
+        front, hypervolume: points of the front on the search items and the volume they dominate, see
+            `search.pareto.hypervolume`; None where no front is searched, or the parents are not known yet.
+        arms: searches that the winner is compared with -> candidates that were told in them.
         copied_bytes: node (with the beginning of Ray's id) -> bytes of models and data that were copied to it.
     """
 
@@ -87,7 +93,10 @@ class RunStatus:
     used: Mapping[str, float] = field(default_factory=dict)
     ended_by: str | None = None
     sessions: int = 0
+    arms: Mapping[str, int] = field(default_factory=dict)
     copied_bytes: Mapping[str, int] = field(default_factory=dict)
+    front: int | None = None
+    hypervolume: float | None = None
 
 
 def status_or_damage(folder: RunFolder) -> RunStatus:
@@ -129,7 +138,14 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
-    state = "running" if owner else "finished" if ended and folder.best.exists() else "stopped"
+    verdict = Verdict.from_json(ended.verdict) if ended else None
+    arms: dict[str, int] = {
+        name: _told(folder.arms / name / "history") for name in ARMS if (folder.arms / name).is_dir()
+    }
+    # What was to be compared later, and is not in the verdict yet.
+    left = arms.keys() - {arm.name for arm in verdict.arms} if verdict and verdict.candidates_searched else ()
+    over = verdict is not None and not left and folder.best.exists()
+    state = "running" if owner else "finished" if over else "stopped"
     last = max((trial.recorded_at for trial in trials), default=None)
     since = datetime.fromisoformat(owner.started).timestamp() if owner else 0.0
     uses = worker_uses(trials, since)
@@ -138,6 +154,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     rate = _rate(searched, since) if owner else None
     used = Used.of(events, sessions, follower.search_items)
     total = len(origins) if budget.candidates is None else budget.candidates
+    front = tracked_front(manifest, searched, origins)
     return RunStatus(
         name=folder.name,
         path=str(folder.path),
@@ -160,7 +177,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         uses=tuple(uses),
         use=together(uses) if uses else None,
         warnings=tuple(_warnings(log)),
-        verdict=Verdict.from_json(ended.verdict).sentence() if ended else None,
+        verdict=verdict.sentence() if verdict else None,
         model=str(folder.best) if folder.best.exists() else None,
         winner=ended.winner if ended else None,
         workers=read_nodes(folder.workers),
@@ -168,8 +185,15 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
         used=asdict(used),
         ended_by=why_ended(len(origins), limit, budget) if ended or limit else None,
         sessions=len(sessions.all),
+        arms=arms,
         copied_bytes=_copied(folder),
+        front=front.size if front else None,
+        hypervolume=front.hypervolume if front else None,
     )
+
+
+def _told(history: Path) -> int:
+    return sum(isinstance(event, Trial) and event.items == "search" for event in Follower(history).events())
 
 
 def _budget_at_start(search: Mapping[str, Any]) -> Budget:

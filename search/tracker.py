@@ -58,7 +58,8 @@ class TrackedTrial:
         items: the pool of items it was scored on.
         origin: where the candidate comes from.
         figures: finite numbers by name: `loss`, `best_loss` (so far, on the search items), `merge_seconds`,
-            `evaluate_seconds`, and `<evaluator>.<metric>`.
+            `evaluate_seconds`, and `<evaluator>.<metric>`; of a search for a front `front` (its points) and
+            `hypervolume` on the search items so far.
         failure: why there are no scores, or None.
         recorded_at: Unix time in seconds.
     """

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from search.config import TrackerConfig
@@ -72,8 +73,8 @@ class Tracking:
         for trial in trials:
             self._note(trial)
 
-    def recorded(self, event: Ask | Trial) -> None:
-        """An ask or a trial that is in the history now."""
+    def recorded(self, event: Ask | Trial, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """An ask or a trial that is in the history now, and more figures to be shown with a trial."""
         if isinstance(event, Ask):
             self._origins[event.candidate] = event.origin
             return
@@ -84,6 +85,7 @@ class Tracking:
             "merge_seconds": event.merge_seconds,
             "evaluate_seconds": event.evaluate_seconds,
             **event.metrics,
+            **more,
         }
         if event.loss is not None and not event.failure_kind:
             figures["loss"] = event.loss

@@ -58,6 +58,13 @@ class TestPython(ShippedContract):
     options: ClassVar[dict[str, Any]] = {"function": "function.py:score"}
 
 
+class TestCost(ShippedContract):
+    use = "cost"
+
+    def make_evaluator(self, folder: Path) -> Evaluator:
+        return make_evaluator(EvaluatorSpec("e", self.use), folder)
+
+
 def test_every_shipped_evaluator_is_under_the_contract() -> None:
     shipped = {name for name, plugin in EVALUATORS if plugin.__module__.startswith("evaluators.")}
     assert {kind.use for kind in ShippedContract.__subclasses__()} == shipped

@@ -15,6 +15,11 @@ from meiosis.cli.hub import push_options
 @click.argument("run")
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--trial", type=int, help="Candidate to export; by default the winner, or the best so far.")
+@click.option(
+    "--pick",
+    metavar="WANTED",
+    help="Choose from the front instead: bounds and one goal, such as 'accuracy >= 0.9, min asr', or knee.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is in OUT.")
 @push_options
 @places_option
@@ -25,6 +30,7 @@ def command(
     run: str,
     folder: Path,
     trial: int | None,
+    pick: str | None,
     overwrite: bool,
     push: str | None,
     private: bool,
@@ -32,15 +38,25 @@ def command(
     results: Path,
     as_json: bool,
 ) -> None:
-    """Write the best (or any) trial of RUN as a Hugging Face checkpoint to OUT."""
+    """Write the best (or any) trial of RUN as a Hugging Face checkpoint to OUT.
+
+    --pick chooses among the trials that nothing else beats in every term of the objective and every metric it names, on
+    the select items where there are results of them and on the search items before that.
+    """
+    from evaluators.errors import UserError
     from search.gguf import gguf_ready
+    from search.pareto.pick import parse_pick
     from search.progress import Watcher
     from search.push import check_repository, push_folder
     from search.run import export_trial
 
+    if pick is not None:
+        if trial is not None:
+            raise UserError("--trial and --pick both say which trial; leave one of them out")
+        parse_pick(pick)
     repository = check_repository(push, private)
     found = find_run(results, run)
-    chosen = export_trial(found, folder, trial, Watcher(note), overwrite=overwrite, places=places)
+    chosen = export_trial(found, folder, trial, Watcher(note), overwrite=overwrite, places=places, pick=pick)
     missing = gguf_ready(folder)
     address = push_folder(folder, repository) if repository is not None else None
     if as_json:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "search": ("meiosis.cli.search", "Search for the best merge, certify it and export it."),
     "baselines": ("meiosis.cli.baselines", "Evaluate parents and standard merges only, without a search."),
     "resume": ("meiosis.cli.resume", "Go on with a run exactly where it stopped."),
+    "certify": ("meiosis.cli.certify", "Compare what a run found with more: random search, a placebo."),
     "status": ("meiosis.cli.status", "List runs, or show progress, best and failures of one."),
     "merge": ("meiosis.cli.merge", "Carry out one merge from a recipe file, no search."),
     "recipe": ("meiosis.cli.recipe", "Write the recipe of a common merge: soup, arithmetic, SLERP."),

@@ -41,6 +41,12 @@ def nodes(workers: WorkersState, *, running: bool) -> Iterator[str]:
         yield f"  node {node.host} ({node.id}): {state}, {counts}{why}"
 
 
+def front_lines(status: RunStatus) -> Iterator[str]:
+    """The front of a search for one, on the search items."""
+    if status.front is not None and status.hypervolume is not None:
+        yield f"Front: {_count(status.front, 'point')}, hypervolume {status.hypervolume:.4f}"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 

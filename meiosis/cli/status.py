@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import debug_option, find_run, json_option, out, print_json, results_option
-from meiosis.cli.run_lines import exported, nodes, pace, workers_table
+from meiosis.cli.run_lines import exported, front_lines, nodes, pace, workers_table
 
 if TYPE_CHECKING:
     from search.status import RunStatus
@@ -94,7 +94,9 @@ def _show(status: RunStatus) -> None:
         console.print(f"Best on the search items: {best}")
         for name, value in sorted(status.best_metrics.items()):
             console.print(f"  {name} {value:.4f}")
-    for line in pace(status):
+    for name, told in status.arms.items():
+        console.print(f"Compared with {name.replace('_', ' ')}: {told} candidates told", soft_wrap=True)
+    for line in (*front_lines(status), *pace(status)):
         console.print(line, soft_wrap=True)
     if status.use is not None:
         console.print(workers_table(status.uses, status.use))

@@ -66,23 +66,26 @@ class Watch:
         if self._quiet:
             return
         now = time.monotonic()
-        new_phase = state.phase != self._phase
+        phase = f"{state.arm}: {_PHASES[state.phase]}" if state.arm else _PHASES[state.phase]
+        new_phase = phase != self._phase
         if new_phase:
-            self._phase, self._started, self._done_at_start = state.phase, now, state.done
+            self._phase, self._started, self._done_at_start = phase, now, state.done
         text = self._describe(state, now)
         if self._bar is not None:
             if new_phase:
-                self._bar.add_task(_PHASES[state.phase], total=state.total, completed=state.done, state=text)
+                self._bar.add_task(phase, total=state.total, completed=state.done, state=text)
             else:
                 self._bar.update(self._bar.task_ids[-1], completed=state.done, state=text)
         elif new_phase or state.done == state.total or now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
-            note(f"{_PHASES[state.phase]}: {state.done}/{state.total} candidates, {text}")
+            note(f"{phase}: {state.done}/{state.total} candidates, {text}")
 
     def _describe(self, state: Progress, now: float) -> str:
         parts = []
         if state.best is not None and state.best.loss is not None and state.phase == "search":
             parts.append(f"best {state.best.loss:.4f} ({state.best_origin} {state.best.candidate})")
+        if state.hypervolume is not None and state.phase == "search":
+            parts.append(f"front {state.front}, hypervolume {state.hypervolume:.4f}")
         parts.append(f"{state.busy}/{state.workers} workers busy" if state.workers else "no workers yet")
         if state.failures:
             parts.append(f"{state.failures} failed")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meiosis.cli.common import out
-from meiosis.cli.run_lines import exported, nodes, pace, workers_table
+from meiosis.cli.run_lines import exported, front_lines, nodes, pace, workers_table
 from meiosis.cli.watch import duration
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def line_of(status: RunStatus) -> str:
         parts.append(f"{status.phase} {status.phase_done}/{status.phase_total}")
     if status.best_loss is not None:
         parts.append(f"best {status.best_loss:.4f} ({status.best_origin} {status.best_candidate})")
+    if status.hypervolume is not None:
+        parts.append(f"front {status.front}, hypervolume {status.hypervolume:.4f}")
     if status.workers_wanted is not None and status.workers_busy is not None:
         parts.append(f"{status.workers_busy}/{status.workers_wanted} workers busy")
     if status.use is not None and status.use.busy is not None:
@@ -112,6 +114,7 @@ def _picture(status: RunStatus, console: Console) -> RenderableType:
         best = f"trial {status.best_candidate} ({status.best_origin}), loss {status.best_loss:.4f}"
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(status.best_metrics.items()))
         rows += [text(f"Best so far: {best}"), text(f"  {metrics}")]
+    rows += [text(line) for line in front_lines(status)]
     if status.use is not None:
         rows.append(workers_table(status.uses, status.use, max(1, console.height - LINES_BESIDE_WORKERS)))
     if status.workers is not None and status.state == "running":

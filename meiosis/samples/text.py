@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from evaluators.errors import MeiosisError, UserError
+from evaluators.errors import UserError
 from meiosis.samples.card import CARD, KIND, VERSION, FamilyCard, FamilyPlan, file_hashes, read_card
+from meiosis.samples.place import order, refuse_foreign, replace, workshop_beside
 
 __all__ = ["FamilyCard", "FamilyPlan", "make_text_family"]
 
@@ -56,16 +49,17 @@ def make_text_family(
     if card is not None:
         report(f"{folder}: up to date")
         return card
-    _refuse_foreign(folder)
+    refuse_foreign(folder, CARD, KIND)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _workshop(folder, report) as workshop:
+        with workshop_beside(folder, report) as workshop:
             card = _cached(folder, seed, plan)  # somebody else may have finished while we waited
             if card is not None:
                 report(f"{folder}: up to date")
                 return card
-            _order(workshop, seed=seed, threads=threads or THREADS, plan=plan, report=report)
-            _replace(folder, workshop / "family", workshop / "replaced")
+            given = {"seed": seed, "threads": threads or THREADS, "plan": plan.model_dump(mode="json")}
+            order(workshop, "meiosis.samples.build", given, report)
+            replace(folder, workshop / "family", workshop / "replaced")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}; name another folder") from error
     card = read_card(folder)
@@ -84,105 +78,3 @@ def _cached(folder: Path, seed: int, plan: FamilyPlan) -> FamilyCard | None:
         return None
     # Files that were put beside the family, such as a config, are nobody's damage.
     return card if card.files.items() <= file_hashes(folder).items() else None
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise `UserError` unless the folder is new, empty, or a family that may be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; the sample models need a new or empty folder")
-    if not any(folder.iterdir()):
-        return
-    try:
-        kind = json.loads((folder / CARD).read_bytes())["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        kind = None
-    if kind != KIND:
-        found = min(entry.name for entry in folder.iterdir())
-        raise UserError(
-            f"{folder} is not empty and holds no sample models ('{found}' is there, no readable {CARD}); "
-            "name a new folder, or empty this one"
-        )
-
-
-@contextlib.contextmanager
-def _workshop(folder: Path, report: Callable[[str], None]) -> Iterator[Path]:
-    """A hidden folder beside `folder`, held by one process at a time and emptied before use.
-
-    What a killed build has left there is removed by the next one. The lock is on the folder itself, and
-    the training process inherits it, so a new build cannot meet an orphan of the old one.
-    """
-    workshop = folder.parent / f".{folder.name}.building"
-    while True:
-        workshop.mkdir(exist_ok=True)
-        handle = os.open(workshop, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"{folder}: another process is building it; waiting")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if workshop.exists() and os.path.samestat(os.fstat(handle), workshop.stat()):
-            break
-        os.close(handle)  # the one we waited for has removed it
-    os.set_inheritable(handle, True)
-    try:
-        for entry in workshop.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        yield workshop
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-        os.close(handle)
-
-
-def _order(workshop: Path, *, seed: int, threads: int, plan: FamilyPlan, report: Callable[[str], None]) -> None:
-    """Run `build.main` in a fresh interpreter that imports the same packages as this one."""
-    target = workshop / "family"
-    target.mkdir()
-    order = {"folder": str(target), "seed": seed, "threads": threads, "plan": plan.model_dump(mode="json")}
-    here = str(Path(__file__).parents[2])
-    command = f"import sys; sys.path.insert(0, {here!r}); from meiosis.samples.build import main; main()"
-    environment = {
-        **os.environ,
-        # One thread per kernel: see `training`. AVX2 kernels everywhere, so that machines with AVX-512
-        # give the same bits as machines without.
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "MKL_CBWR": "AVX2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            close_fds=False,  # it inherits the lock on the workshop
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.close()
-            for line in process.stdout:
-                report(line.rstrip("\n"))
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if status != 0:
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise MeiosisError(f"training the sample models failed (exit status {status}): {said[-1]}")
-
-
-def _replace(folder: Path, finished: Path, aside: Path) -> None:
-    """Put the finished folder in place of whatever family is there."""
-    if folder.exists():
-        folder.rename(aside)
-    finished.rename(folder)

@@ -75,6 +75,8 @@ class Merger:
         keep_prepared: whether what operators prepare is kept for the next merge; a single merge lets go
             of it tensor by tensor.
         dtypes: tensors of the output -> dtype, where it is not that in which the donor's tensor is given.
+        read_as: tensor of the output -> the name under which all models have it, and by which operators know it, where
+            that is another one. May grow while the merger lives.
         kernels: `torch` for plain torch alone; by default what `MEIOSIS_KERNELS` says. The bits are the same.
     """
 
@@ -90,6 +92,7 @@ class Merger:
         statistics: Mapping[str, TensorSource] | None = None,
         keep_prepared: bool = True,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        read_as: Mapping[str, str] | None = None,
         kernels: Mode | None = None,
     ) -> None:
         self._models = dict(models)
@@ -101,6 +104,7 @@ class Merger:
         self._output_names = None if names is None else tuple(names)
         self._statistics = dict(statistics or {})
         self._dtypes = dict(dtypes or {})
+        self._read_as: Mapping[str, str] = {} if read_as is None else read_as
         self._keep_prepared = keep_prepared
         self._kernels = chosen_mode() if kernels is None else kernels
         self._depth_of: Mapping[str, float] | None = None
@@ -112,19 +116,22 @@ class Merger:
         self._latest: tuple[Recipe, list[BoundRule], dict[str, int]] | None = None
         self._assigned: tuple[tuple[object, ...], dict[str, int]] = ((), {})
 
-    def merge_into(self, recipe: Recipe, targets: Mapping[str, Tensor]) -> MergeStats:
+    def merge_into(
+        self, recipe: Recipe, targets: Mapping[str, Tensor], names: Iterable[str] | None = None
+    ) -> MergeStats:
         """Write the merge into given tensors, leaving alone those that hold it already.
 
         Args:
             targets: tensor name -> tensor of the right shape, with any dtype, device and strides, such
                 as a live model's parameters and views into them. A subset of the donor's tensors.
+            names: all tensors that the rules of this recipe are about; by default those of the output.
 
         Raises:
             RecipeError: the recipe does not fit its operators or its models.
             CheckpointError: tensors whose shapes differ, or that are stored in a type not merged yet.
         """
         began = time.perf_counter()
-        rules = self._assign(recipe, targets)
+        rules = self._assign(recipe, targets, names)
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
         fingerprints = self._fingerprints(rules, dtype)
         written = bytes_read = 0
@@ -144,20 +151,24 @@ class Merger:
                     self._written[name] = self._written[name]._replace(version=version)
         return MergeStats(written, len(rules) - written, time.perf_counter() - began, bytes_read)
 
-    def merge_tensors(self, recipe: Recipe, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def merge_tensors(
+        self, recipe: Recipe, names: Iterable[str] | None = None, every: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The merged tensors one by one, each newly allocated, with the bits of `merge_into`.
 
         Args:
             names: which tensors of the output; by default all, in order. The dtype is the recipe's, or
                 else that of the donor's tensor, or of the first source where the donor has none.
+            every: as `names` of `merge_into`.
 
         Raises: as `merge_into`.
         """
         wanted = list(self._names_of(recipe) if names is None else names)
-        rules = self._assign(recipe, wanted)
+        rules = self._assign(recipe, wanted, every)
         dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
         for name in wanted:
-            like = self._get(recipe.donor if name in self._names[recipe.donor] else rules[name].sources[0], name)
+            own = self._read_as.get(name, name)
+            like = self._get(recipe.donor if own in self._names[recipe.donor] else rules[name].sources[0], own)
             keep = dtype is None or not like.dtype.is_floating_point
             stored = self._dtypes.get(name, like.dtype) if keep else dtype
             merged = torch.empty(like.shape, dtype=stored, device=self._device)
@@ -165,12 +176,19 @@ class Merger:
                 self._merge(name, rules[name], merged, None)
             yield name, merged
 
-    def fingerprints(self, recipe: Recipe, names: Iterable[str]) -> dict[str, tuple[object, ...]]:
+    def fingerprints(
+        self, recipe: Recipe, names: Iterable[str], every: Iterable[str] | None = None
+    ) -> dict[str, tuple[object, ...]]:
         """Tensor -> what decides its bits, beside the models: equal for two recipes exactly where they make it alike.
+
+        Args:
+            every: see `merge_into`.
 
         Raises: as `merge_into`, for what is wrong with the recipe alone.
         """
-        return self._fingerprints(self._assign(recipe, names), getattr(torch, recipe.dtype) if recipe.dtype else None)
+        return self._fingerprints(
+            self._assign(recipe, names, every), getattr(torch, recipe.dtype) if recipe.dtype else None
+        )
 
     @staticmethod
     def _fingerprints(rules: Mapping[str, BoundRule], dtype: torch.dtype | None) -> dict[str, tuple[object, ...]]:
@@ -181,10 +199,10 @@ class Merger:
         """Forget what the targets hold: the next merge writes every tensor."""
         self._written.clear()
 
-    def _assign(self, recipe: Recipe, names: Iterable[str]) -> dict[str, BoundRule]:
-        """Tensor name -> checked rule, for `names`, in their order."""
+    def _assign(self, recipe: Recipe, names: Iterable[str], every: Iterable[str] | None) -> dict[str, BoundRule]:
+        """Tensor name -> checked rule, for `names`, in their order; `every`: all tensors of this recipe."""
         if self._latest is None or self._latest[0] is not recipe:
-            self._latest = (recipe, self._checked(recipe), self._rules_of(recipe))
+            self._latest = (recipe, self._checked(recipe), self._rules_of(recipe, every))
         _, rules, index = self._latest
         try:
             return {name: rules[index[name]] for name in names}
@@ -204,12 +222,13 @@ class Merger:
                 )
         return rules
 
-    def _rules_of(self, recipe: Recipe) -> dict[str, int]:
+    def _rules_of(self, recipe: Recipe, every: Iterable[str] | None) -> dict[str, int]:
         """Tensor of the output -> number of its rule."""
-        key = (recipe.donor, *(rule.tensors for rule in recipe.rules))
+        names = None if every is None else tuple(every)
+        key = (recipe.donor, names, *(rule.tensors for rule in recipe.rules))
         if key != self._assigned[0]:
             position = {id(rule): index for index, rule in enumerate(recipe.rules)}
-            assigned = recipe.assign(self._names_of(recipe))
+            assigned = recipe.assign(self._names_of(recipe) if names is None else names)
             self._assigned = (key, {name: position[id(rule)] for name, rule in assigned.items()})
         return self._assigned[1]
 
@@ -244,6 +263,7 @@ class Merger:
 
     def _merge(self, name: str, rule: BoundRule, target: Tensor, dtype: torch.dtype | None) -> int:
         """Merge one tensor, rounded to `dtype` on the way if given; returns the bytes read."""
+        name = self._read_as.get(name, name)
         tensors = {model: self._get(model, name) for model in rule.models}
         check_shapes(name, tensors, tuple(target.shape))
         target = target.detach()
@@ -321,8 +341,9 @@ class Merger:
     def _depths(self, model: str) -> Mapping[str, float]:
         """Where tensors stand in their stack of layers, by name, for the output or else one of the models."""
         if self._depth_of is None:
-            names = self._models[model].names if self._output_names is None else self._output_names
-            self._depth_of = depths(names)
+            # Tensors that are read under other names are known to operators by those.
+            own = self._output_names is None or bool(self._read_as)
+            self._depth_of = depths(self._models[model].names if own else self._output_names or ())
         return self._depth_of
 
     def _statistic(self, key: str, model: str) -> Tensor | None:

@@ -54,7 +54,13 @@ def write_merge_file(recipe: Recipe, folder: Path = Path(), report: Callable[[st
         RecipeError: what mergekit cannot express, one line per reason.
         UserError: recipe and models do not fit.
     """
-    reasons: list[str] = []
+    reasons = [
+        f"model '{name}' is a placebo (random_delta), which no folder has"
+        for name, ref in recipe.models.items()
+        if ref.random_delta is not None
+    ]
+    if any(scale != 1.0 for scale in recipe.scales or ()):
+        reasons.append("it has no scales between layers; `meiosis merge` folds those of a recipe into the weights")
     bound = bind_rules(recipe)
     method = _method(bound, reasons)
     if method is None or reasons:

@@ -28,10 +28,15 @@ _MANY_GENES = 18
 """From so many genes on, nevergrad halves the first step."""
 
 
-class DiagonalCma:
-    """pycma behind `search.optimizer.Optimizer`. BLAS runs on one thread inside."""
+class Cma:
+    """pycma behind `search.optimizer.Optimizer`. BLAS runs on one thread inside.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        diagonal: whether genes vary independently of each other; else the whole covariance is learned.
+    """
+
+    def __init__(self, problem: Problem, *, diagonal: bool) -> None:
+        self._diagonal = diagonal
         self._genes = len(problem.start)
         # pycma wants two dimensions at least: a second one that means nothing.
         self._start = problem.start.copy() if self._genes > 1 else np.append(problem.start, 0.5)
@@ -84,7 +89,7 @@ class DiagonalCma:
             options = {
                 "popsize": self._popsize,
                 "randn": self._random.randn,
-                "CMA_diagonal": True,
+                "CMA_diagonal": self._diagonal,
                 "CMA_elitist": False,
                 "verbose": -9,
                 "seed": np.nan,
@@ -108,6 +113,6 @@ def _bounced(point: Vector) -> Vector:
     return (2 * clipped - point).clip(0.0, 1.0)
 
 
-def PLUGIN(problem: Problem) -> DiagonalCma:  # noqa: N802 - the name that registries look for
+def PLUGIN(problem: Problem) -> Cma:  # noqa: N802 - the name that registries look for
     """Make the optimiser for a problem."""
-    return DiagonalCma(problem)
+    return Cma(problem, diagonal=True)

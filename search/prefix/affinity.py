@@ -32,10 +32,15 @@ class Prefixes:
 
         Equal in one process only.
         """
-        made_by = [_number(rule) for rule in recipe.rules]
         common = (recipe.base, recipe.seed, recipe.dtype)
         found: list[int] = []
         last = hash(common)
+        if recipe.layers is not None:  # which layers run tells paths apart; their merges are mostly the same
+            for layer, scale in zip(recipe.layers, recipe.scales or [1.0] * len(recipe.layers), strict=True):
+                last = hash((last, *layer.items(), scale))
+                found.append(last)
+            return tuple(found)
+        made_by = [_number(rule) for rule in recipe.rules]
         for rules in self._rules_by_layer(recipe):
             last = hash((last, *[made_by[rule] for rule in rules]))
             found.append(last)

@@ -7,7 +7,7 @@ run. So nothing is read to find out how far two candidates agree.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,14 +28,6 @@ class Contents:
 
     before: bytes
     layers: tuple[bytes, ...]
-
-    def along(self, path: Iterable[tuple[int, float]]) -> Contents:
-        """The contents of a model that runs these layers along a path.
-
-        Args:
-            path: for every hop the number of its layer here, and what the hidden state is multiplied with on entry.
-        """
-        return Contents(self.before, tuple(digest(self.layers[layer], scale) for layer, scale in path))
 
     def chain(self) -> tuple[bytes, ...]:
         """(n_layers + 1,) signatures: number k is equal for two models whose states entering layer k are.
@@ -68,14 +60,14 @@ def contents_of(fingerprints: Mapping[str, object], places: Mapping[str, Place],
         if place == "after":
             continue
         if (made_by := known.get(id(fingerprint))) is None:  # one object for all tensors of a rule
-            made_by = known[id(fingerprint)] = digest(_plain(fingerprint))
+            made_by = known[id(fingerprint)] = digest(plain(fingerprint))
         parts[0 if place == "before" else place + 1] += (name, made_by)
     before, *rest = (digest(*part) for part in parts)
     return Contents(before, tuple(rest))
 
 
-def _plain(value: object) -> object:
-    """Types of torch as text; everything else as it is."""
+def plain(value: object) -> object:
+    """A fingerprint as `digest` takes it: types of torch as text; everything else as it is."""
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
     return value if isinstance(value, str | bytes | bool | int | float) or value is None else str(value)

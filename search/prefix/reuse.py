@@ -37,7 +37,7 @@ class PrefixReuse:
         self.states = StateCache(capacity)
         self.layers_run = self.layers_reused = 0
         self.trusted = True
-        self._stack: weakref.ref[nn.ModuleList] | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._after: frozenset[str] | None = None
         self._verified: set[int] = set()
         self._state_bytes = 0
@@ -45,7 +45,7 @@ class PrefixReuse:
     def clear(self) -> None:
         """Let go of all states, and of what is known about the model."""
         self.states.clear()
-        self._stack = self._after = None
+        self._model = self._after = None
         self._verified.clear()
 
     def shrink(self) -> bool:
@@ -75,9 +75,9 @@ class PrefixReuse:
         if layers is None:
             yield Watch()
             return
-        if self._stack is None or self._stack() is not layers:
+        if self._model is None or self._model() is not model:
             self._after, self._verified = None, set()
-            self._stack = weakref.ref(layers)
+            self._model = weakref.ref(model)
         watch = _Watching(self, model, layers, targets, fingerprints, along)
         try:
             yield watch

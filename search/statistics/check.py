@@ -33,22 +33,22 @@ def check_statistics(
             a source that the operator needs statistics of and that has none.
     """
     sources, paths = loaded.config.models.sources, statistics_paths(loaded)
-    kind = OPERATORS.get(loaded.config.space.operator).statistics
+    needs = {name: kind for name in loaded.config.space.operators if (kind := OPERATORS.get(name).statistics)}
+    kinds = tuple(dict.fromkeys(needs.values()))
     for name, path in paths.items():
         key = ("models", "statistics", name)
         if name not in sources:
             fault(key, f"no source is called '{name}'{nearest(name, sources)}")
             continue
         try:
-            kinds = () if kind is None else (kind,)
             open_statistics(Path(path), model=name, model_sha256=models[name].sha256, kinds=kinds)
         except UserError as error:
             fault(key, str(error))
-    missing = [name for name in sources if name not in paths] if kind is not None else []
-    if missing:
+    missing = [name for name in sources if name not in paths]
+    for operator, kind in needs.items() if missing else ():
         fault(
             ("space", "operator"),
-            f"'{loaded.config.space.operator}' needs {kind} statistics of every source, '{missing[0]}' has none; make "
+            f"'{operator}' needs {kind} statistics of every source, '{missing[0]}' has none; make "
             "them with `meiosis statistics` and name the file under models.statistics",
         )
     return {name: ref.model_copy(update={"statistics": paths.get(name)}) for name, ref in models.items()}

@@ -45,7 +45,9 @@ _PARTS = "history/manifest.json"
 _ITEMS = "history/items/"  # every list under its hash
 _TRIES = 5
 _LOCAL = ("workers", "remote")
-_SEGMENT = re.compile(r"history/[^/]+\.arrows")
+_HISTORY = re.compile(r"((?:arms/[^/]+/)?)(history|spool)/")
+"""What belongs to the history or the spool of the run, or of a search beside it; where that search lies."""
+_SEGMENT = re.compile(r"(?:arms/[^/]+/)?history/[^/]+\.arrows")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _WHOLE_ON_CLOSE = ("s3", "gcs", "abfs")
 """Stores in which an object appears when it is whole; elsewhere a file is written under another name first."""
@@ -178,15 +180,19 @@ class Mirror:
         self._beat()
 
     def refuse_what_is_newer(self) -> None:
-        """Raise `RunError` unless the history here goes on from the one there: copying would take that away.
+        """Raise `RunError` unless the histories here go on from those there: copying would take that away.
 
         Raises OSError.
         """
-        if self._goes_on():
-            return
+        for at in places_of(self.store.names()):
+            if not self._goes_on(at):
+                self._compare(at)
+
+    def _compare(self, at: str) -> None:
+        history = f"{at}history"
         with TemporaryDirectory(dir=self.folder.parent, prefix=f".{self.folder.name}.") as there_folder:
-            download_run(self.store, Path(there_folder) / "there", only="history/")
-            here, there = contents_of(self.folder / "history"), contents_of(Path(there_folder) / "there" / "history")
+            download_run(self.store, Path(there_folder) / "there", only=f"{history}/")
+            here, there = contents_of(self.folder / history), contents_of(Path(there_folder) / "there" / history)
         if here[: len(there)] == there:
             return
         if there[: len(here)] == here:
@@ -196,11 +202,11 @@ class Mirror:
             )
         raise RunError(different_ways(self.folder, self.store.url))
 
-    def _goes_on(self) -> bool:
+    def _goes_on(self, at: str) -> bool:
         """Whether the bytes alone tell that what is here goes on from what is there, as they nearly always do."""
-        listed = self.store.read(_PARTS)
-        theirs, ours = _hashes(listed), _hashes(_read(self.folder / _PARTS))
-        live = f"history/{len(theirs):06d}.arrows"
+        listed = self.store.read(at + _PARTS)
+        theirs, ours = _hashes(listed), _hashes(_read(self.folder / at / _PARTS))
+        live = f"{at}history/{len(theirs):06d}.arrows"
         there, here = self.store.read(live), _read(self.folder / live)
         if there is None:
             return listed is None
@@ -277,30 +283,37 @@ class Mirror:
         if not self._sent:
             self._sent = self._look()
         # Results wait in the spool until the history has them: it is read first and cleared last.
-        spool = {self._name(path) for path in _files(self.folder / "spool")}
+        places = ["", *(f"arms/{path.name}/" for path in sorted(self.folder.glob("arms/*/")))]
+        spool = {self._name(path) for at in places for path in _files(self.folder / at / "spool")}
         self._send_file("run.yaml")
-        self._push_history()
+        for at in reversed(places):  # the verdict, in the history of the run, tells what is in the others
+            self._push_history(at)
         trackers = sorted(self._name(path) for path in self.folder.glob("tracking/*/id"))
         for name in ("sessions.json", "run.log", "log.jsonl", "report.md", *trackers, *sorted(spool)):
             self._send_file(name)
-        for name in [name for name in self._sent if name.startswith("spool/") and name not in spool]:
-            self._remove(name)
+        waiting = [name for name in self._sent if (found := _HISTORY.match(name)) and found[2] == "spool"]
+        for name in waiting:
+            if name not in spool:
+                self._remove(name)
         self._push_model()
 
     def _look(self) -> dict[str, tuple[int, int] | str]:
         """What is there, and whether it is known to be what is here: by hash, since a copy may have broken off."""
-        theirs, ours = _hashes(self.store.read(_PARTS)), _hashes(_read(self.folder / _PARTS))
-        same = {f"history/{name}" for name, sha256 in theirs.items() if ours.get(name) == sha256}
-        names = (name for name in self.store.names() if name != DRIVER)
-        return {name: "there" if name in same or name.startswith(_ITEMS) else "unknown" for name in names}
+        names = [name for name in self.store.names() if name != DRIVER]
+        same, items = set(), []
+        for at in places_of(names):
+            theirs, ours = _hashes(self.store.read(at + _PARTS)), _hashes(_read(self.folder / at / _PARTS))
+            same |= {f"{at}history/{name}" for name, sha256 in theirs.items() if ours.get(name) == sha256}
+            items.append(at + _ITEMS)
+        return {name: "there" if name in same or name.startswith(tuple(items)) else "unknown" for name in names}
 
-    def _push_history(self) -> None:
-        history = self.folder / "history"
+    def _push_history(self, at: str) -> None:
+        history = self.folder / at / "history"
         for _ in range(10):
             listed = _read(history / "manifest.json")
             parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
-            live = f"{len(parts):06d}.arrows"
-            tail = _read(history / live)
+            live = f"{at}history/{len(parts):06d}.arrows"
+            tail = _read(self.folder / live)
             if tail is not None:
                 break  # else it was sealed while we looked
         else:
@@ -309,14 +322,16 @@ class Mirror:
             for path in _files(history / kind):
                 self._send_file(self._name(path))
         for part in parts:
-            self._send_file(f"history/{part}")
-        self._send(f"history/{live}", tail)
+            self._send_file(f"{at}history/{part}")
+        self._send(live, tail)
         # Up to here the list that is there goes with the live segment that is there; what it does not name, nobody
         # reads (see `download_run`).
         if listed is not None:
-            self._send(_PARTS, listed)
-        for name in [name for name in self._sent if _SEGMENT.fullmatch(name) and name != f"history/{live}"]:
-            self._remove(name)
+            self._send(at + _PARTS, listed)
+        segments = [name for name in self._sent if _SEGMENT.fullmatch(name) and name.startswith(f"{at}history/")]
+        for name in segments:
+            if name != live:
+                self._remove(name)
 
     def _remove(self, name: str) -> None:
         self.store.remove(name)
@@ -389,17 +404,26 @@ def download_run(store: Store, folder: Path, only: str = "") -> None:
 
 
 def _download_once(store: Store, folder: Path, only: str) -> None:
-    listed = store.read(_PARTS)
+    lists = {f"{at}{_PARTS}": store.read(at + _PARTS) for at in places_of(store.names())}
     names = store.names()
-    parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
-    counted = {f"history/{name}" for name in (*parts, f"{len(parts):06d}.arrows")}
+    counted: set[str] = set()
+    for name, listed in lists.items():
+        parts = [part["file"] for part in json.loads(listed)["parts"]] if listed else []
+        history = name.removesuffix("manifest.json")
+        counted |= {f"{history}{part}" for part in (*parts, f"{len(parts):06d}.arrows")}
     for name in names:
-        segment = name.startswith("history/part-") or _SEGMENT.fullmatch(name)
+        segment = "history/part-" in name or _SEGMENT.fullmatch(name)
         unfinished = (segment and name not in counted) or (name.startswith("best/") and _BEST not in names)
-        if name.startswith(only) and name not in (DRIVER, _PARTS) and not unfinished:
+        if name.startswith(only) and name != DRIVER and name not in lists and not unfinished:
             store.download(name, folder / name)
-    if listed is not None:
-        (folder / _PARTS).write_bytes(listed)
+    for name, listed in lists.items():
+        if listed is not None and name.startswith(only):
+            (folder / name).write_bytes(listed)
+
+
+def places_of(names: Iterable[str]) -> list[str]:
+    """Where the histories are among the files of a run: at its top, and in `arms/<name>/` of searches beside it."""
+    return sorted({"", *(found[1] for name in names if (found := _HISTORY.match(name)))})
 
 
 @contextmanager

@@ -72,8 +72,12 @@ def fetch(url: str) -> RunFolder:
 def _take(draft: Path, folder: RunFolder, url: str) -> None:
     """Put what was downloaded in the place of the working copy, if it goes on from that."""
     if folder.config.exists():
-        here, there = contents_of(folder.history), contents_of(draft / "history")
-        if here[: len(there)] == there:
+        beside = {f"{path.parent.parent.name}/{path.parent.name}" for path in draft.glob("arms/*/history")}
+        for at in sorted({"", *beside}):
+            here, there = contents_of(folder.path / at / "history"), contents_of(draft / at / "history")
+            if here[: len(there)] != there:
+                break
+        else:
             return  # killed before its last events were copied: they are worth more
         if there[: len(here)] != here:
             raise RunError(different_ways(folder.path, url))

@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "spool"
 
     @property
+    def arms(self) -> Path:
+        """Folder of the searches that the winner is compared with, each with a history of its own."""
+        return self.path / "arms"
+
+    @property
     def best(self) -> Path:
         """Folder of the exported model."""
         return self.path / "best"

@@ -1,0 +1,148 @@
+"""The table and the curves of `search_quality.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from quality.curves import items_to_reach
+from quality.methods import PEER
+from quality.runs import Curve
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one landscape or family.
+
+    Attributes:
+        reached: how many seeds came to the quality of the peer.
+        items: median item-evaluations until then; infinite where most did not.
+        ratio: the peer's divided by these.
+        final: median quality at the end.
+    """
+
+    family: str
+    method: str
+    seeds: int
+    reached: int
+    items: float
+    ratio: float
+    final: float
+    items_in_all: float
+    seconds: float
+
+
+def rows(family: str, curves: Sequence[Curve], tolerance: float) -> list[Row]:
+    """Every method against the median of what the peer has at its end.
+
+    Args:
+        tolerance: share of the peer's gain that may be missing. At its very end it moves within the noise of the items.
+    """
+    methods = list(dict.fromkeys(curve.method for curve in curves))
+    peers = [curve for curve in curves if curve.method == PEER]
+    end = float(np.median([curve.final for curve in peers]))
+    begin = float(np.median([curve.quality[curve.steps[0].candidate] for curve in peers]))
+    target = end + tolerance * max(begin - end, 0.0)
+    found, peer = [], np.nan
+    for method in methods:
+        own = [curve for curve in curves if curve.method == method]
+        needed = [items_to_reach(curve.steps, curve.quality.__getitem__, target) for curve in own]
+        # The lower middle one of an even number: between a number and infinity there is no mean.
+        median = float(np.sort(needed)[len(needed) // 2]) if own else np.inf
+        if method == PEER:
+            peer = median if np.isfinite(median) else float(np.median([curve.items for curve in own]))
+        found.append(
+            Row(
+                family=family,
+                method=method,
+                seeds=len(own),
+                reached=int(np.isfinite(needed).sum()),
+                items=median,
+                ratio=peer / median,
+                final=float(np.median([curve.final for curve in own])),
+                items_in_all=float(np.median([curve.items for curve in own])),
+                seconds=float(np.median([curve.seconds for curve in own])),
+            )
+        )
+    return found
+
+
+def markdown(found: Sequence[Row], command: str, notes: Sequence[str], tolerance: float) -> str:
+    """The table as a page."""
+    lines = [
+        "# Quality against item-evaluations",
+        "",
+        "Quality is what the best known candidate is worth on items that no search saw (mean loss, or share of wrong",
+        "answers; smaller is better). The target is the median quality of CMA-ES as mergekit-evolve sets it up at the",
+        f"end of its budget, every candidate on all items, but for {tolerance:.0%} of what it gained since its first",
+        "candidate. `items to target`: median over the seeds of the item-evaluations from which on the best known",
+        "candidate is that good; `ratio`: those of CMA-ES divided by them.",
+        "",
+        f"Command: `{command}`",
+        "",
+        "| family | method | seeds | reach it | items to target | ratio | final quality | items in all | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        items = f"{row.items:,.0f}" if np.isfinite(row.items) else "not reached"
+        ratio = f"{row.ratio:.1f}" if np.isfinite(row.items) else ""
+        lines.append(
+            f"| {row.family} | {row.method} | {row.seeds} | {row.reached} | {items} | {ratio} | {row.final:.4f} "
+            f"| {row.items_in_all:,.0f} | {row.seconds:.1f} |"
+        )
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
+    return "\n".join([*lines, ""])
+
+
+def write(folder: Path, name: str, found: Sequence[Row], curves: dict[str, Sequence[Curve]], text: str) -> None:
+    """`<name>.md`, and `<name>.parquet` with every step of every curve."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    steps: list[dict[str, Any]] = [
+        {
+            "family": family,
+            "method": curve.method,
+            "seed": curve.seed,
+            "items": step.items,
+            "candidate": step.candidate,
+            "quality": curve.quality[step.candidate],
+        }
+        for family, many in curves.items()
+        for curve in many
+        for step in curve.steps
+    ]
+    pq.write_table(pa.Table.from_pylist(steps), folder / f"{name}.parquet", compression="zstd")
+
+
+def page(path: Path, curves: dict[str, Sequence[Curve]]) -> None:
+    """The median curve of every method, as an html page."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(curves), cols=1, subplot_titles=list(curves), vertical_spacing=0.08)
+    for number, many in enumerate(curves.values(), 1):
+        most = max(curve.items for curve in many)
+        grid = np.unique(np.geomspace(50, most, 120).astype(int))
+        for method in dict.fromkeys(curve.method for curve in many):
+            own = [curve for curve in many if curve.method == method]
+            values = np.array([[_at(curve, items) for items in grid] for curve in own])
+            figure.add_trace(
+                go.Scatter(
+                    x=grid, y=np.median(values, axis=0), name=method, legendgroup=method, showlegend=number == 1
+                ),
+                row=number,
+                col=1,
+            )
+    figure.update_xaxes(type="log", title="item-evaluations")
+    figure.update_layout(height=420 * len(curves), title="Median quality of the best known candidate")
+    figure.write_html(path, include_plotlyjs="cdn")
+
+
+def _at(curve: Curve, items: int) -> float:
+    known = [step for step in curve.steps if step.items <= items]
+    return curve.quality[known[-1].candidate] if known else np.nan

@@ -1,0 +1,181 @@
+"""Searches of a benchmark, each in a run folder, and what their histories say."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from quality.curves import Step, incumbents
+from quality.landscapes import Landscape, load, quality
+from quality.methods import Method, with_method
+from quality.table_model import NAMES, patterns, point_of, write_models
+
+from search.config import load_config
+from search.errors import UserError
+from search.evaluation import Evaluation
+from search.local_pool import LocalPool
+from search.manifest import read_manifest
+from search.pool import Job
+from search.progress import Watcher
+from search.reopening import load_setup
+from search.replay import replay_ordered
+from search.run import make_population, start
+from search.setup import check
+from search.store.events import Ask
+from search.store.run_folder import RunFolder
+from search.worker_plan import worker_plan
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One search.
+
+    Attributes:
+        steps: when the best known candidate changed.
+        quality: candidate -> what it is worth on items that no search saw; smaller is better.
+        items: item-evaluations in all.
+        candidates: how many were asked for.
+    """
+
+    method: str
+    seed: int
+    steps: list[Step]
+    quality: dict[int, float]
+    items: int
+    candidates: int
+    seconds: float
+
+    @property
+    def final(self) -> float:
+        return self.quality[self.steps[-1].candidate]
+
+
+def table_config(landscape_name: str, landscape: Landscape, models: Path, budget: int) -> dict[str, Any]:
+    """The config of a search on a landscape."""
+    middle = round(1 / len(landscape.sources), 6)
+    return {
+        "name": "table",
+        "models": {
+            "base": str(models / "base"),
+            "sources": {source: str(models / source) for source in landscape.sources},
+        },
+        "space": {
+            "operator": "task_arithmetic",
+            "split": [],
+            "patterns": patterns(landscape),
+            "parameters": {"weight": {"low": landscape.low, "high": landscape.high, "initial": middle}},
+        },
+        "evaluators": {
+            task: {"use": "quality.table_model:TableScores", "landscape": landscape_name, "task": task}
+            for task in landscape.tasks
+        },
+        "objectives": {
+            "normalize": "none",
+            "terms": [f"{task}.{NAMES[landscape.kind]}" for task in landscape.tasks],
+        },
+        "search": {"budget": budget, "finalists": 1, "window": 1},
+        "cluster": {"pool": "local", "workers": 1, "check_memory": False},
+    }
+
+
+def models_for(landscape_name: str, landscape: Landscape, folder: Path) -> Path:
+    """The tiny models of a landscape, made once."""
+    models = folder / Path(landscape_name).stem
+    if not (models / landscape.sources[-1] / "config.json").exists():
+        write_models(landscape, models)
+    return models
+
+
+def search(config: dict[str, Any], method: Method, seed: int, results: Path) -> RunFolder | str:
+    """Run a search, or find the one that was run; a line that says why, where the program cannot do it."""
+    name = f"{method.name}-{seed}"
+    if (results / name / "report.md").exists():
+        return RunFolder(results / name)
+    changed = {**with_method(config, method), "seed": seed, "results": str(results)}
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    try:
+        setup = check(load_config(path))
+    except UserError as error:
+        return str(error).splitlines()[0]
+    quiet = Watcher(lambda _: None, lambda _: None)
+    start(setup, lambda _, plan, __: LocalPool(plan), quiet, name)
+    return RunFolder(results / name)
+
+
+def table_curve(landscape_name: str, method: Method, seed: int, budget: int, folder: Path) -> Curve | str:
+    """A search on a landscape, whose quality is known at every point."""
+    landscape = load(landscape_name)
+    began = time.perf_counter()
+    models = models_for(landscape_name, landscape, folder / "models")
+    config = table_config(landscape_name, landscape, models, budget)
+    run = search(config, method, seed, folder / "runs" / Path(landscape_name).stem)
+    if isinstance(run, str):
+        return run
+    steps, items = incumbents(run.events(), method.from_zero)
+    found = _live_models(run, steps, lambda model: quality(landscape, point_of(model, landscape)))
+    return Curve(method.name, seed, steps, found, items, _asked(run), time.perf_counter() - began)
+
+
+def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) -> Curve | str:
+    """A search on real models; the best known candidates are then scored on the certify items."""
+    began = time.perf_counter()
+    run = search(config, method, seed, folder)
+    if isinstance(run, str):
+        return run
+    seconds = time.perf_counter() - began
+    steps, items = incumbents(run.events(), method.from_zero)
+    known = folder / f"{method.name}-{seed}.certified.json"
+    if known.exists():
+        found = {int(key): value for key, value in json.loads(known.read_text()).items()}
+    else:
+        found = _certified(run, steps)
+        known.write_text(json.dumps(found))
+    return Curve(method.name, seed, steps, found, items, _asked(run), seconds)
+
+
+def _certified(run: RunFolder, steps: list[Step]) -> dict[int, float]:
+    """Candidate -> the objective on the certify items."""
+    setup = _setup(run)
+    population = _replayed(run, setup)
+    body = Evaluation(worker_plan(setup))
+    found = {}
+    for candidate in dict.fromkeys(step.candidate for step in steps):
+        outcome = body.run(Job(candidate, population.candidate(candidate).recipe, "certify"))
+        found[candidate] = population.objective.value(outcome.metrics) if outcome.failure is None else np.inf
+    return found
+
+
+def _live_models(run: RunFolder, steps: list[Step], measure: Callable[[Any], float]) -> dict[int, float]:
+    """Candidate -> what is measured of its merged model."""
+    setup = _setup(run)
+    population = _replayed(run, setup)
+    body = Evaluation(worker_plan(setup))
+    found = {}
+    for candidate in dict.fromkeys(step.candidate for step in steps):
+        body._merger.merge_into(population.candidate(candidate).recipe, body._targets)
+        found[candidate] = measure(body._model.model)
+    return found
+
+
+def _setup(run: RunFolder) -> Any:
+    return load_setup(run, Watcher(lambda _: None, lambda _: None))
+
+
+def _replayed(run: RunFolder, setup: Any) -> Any:
+    """The population as it was at the end of a run."""
+    window = int(read_manifest(run)["window"])
+    population = make_population(setup, window)
+    replay_ordered(run.events(), population, window)
+    return population
+
+
+def _asked(run: RunFolder) -> int:
+    return sum(isinstance(event, Ask) for event in run.events())

@@ -1,0 +1,1 @@
+"""Evaluators of models that see images."""

@@ -1,0 +1,1 @@
+"""Several objectives at once: dominance, fronts, hypervolume, and how one point of a front is chosen."""

@@ -1,0 +1,1 @@
+"""Data-flow space: which layers of which models run, in which order, with which scale."""

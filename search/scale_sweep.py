@@ -1,0 +1,43 @@
+"""The sweep of a method whose one setting is the factor on the merged task vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, create_model
+
+from search.baseline import BaselineOptions, Generation0, Proposal
+from search.recipe import Rule
+from search.scales import Scales
+
+
+class ScaleOptions(BaselineOptions):
+    """Options of `tsv_m` and `iso_c`."""
+
+    scales: Scales = Field(description="factors on the merged task vector, or paper for 0, 0.05 ... 1")
+
+
+class ScaleSweep:
+    """A baseline that merges all sources by one operator, at every `lambda`.
+
+    Args:
+        operator: its name, and that of the baseline.
+        scales: those that are tried by default.
+    """
+
+    def __init__(self, operator: str, scales: tuple[float, ...]) -> None:
+        self._operator = operator
+        self.Options: type[ScaleOptions] = create_model(
+            "ScaleOptions",
+            __base__=ScaleOptions,
+            scales=(Scales, Field(scales, description=ScaleOptions.model_fields["scales"].description)),
+        )
+
+    def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
+        for scale in known.options.scales:
+            rule = Rule(
+                operator=self._operator,
+                sources={source: {} for source in known.sources},
+                parameters={"lambda": scale},
+            )
+            yield Proposal(f"{self._operator} {scale:g}", rule)

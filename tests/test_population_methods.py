@@ -1,0 +1,191 @@
+"""Natural niches and MAP-Elites against references by hand, brute force and another library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from test_optimizer_contract import problem, result_of
+
+from evaluators.base import Scores
+from search.gene_mixing import GeneMixing
+from search.item_shares import ItemTable, attraction, competition, scaled
+from search.objective import Term
+from search.optimizer import Result, Vector
+from search.optimizers import optimizer_named
+from search.optimizers.map_elites import Elite, MapElites
+from search.optimizers.natural_niches import NaturalNiches
+
+unit = st.floats(0, 1)
+shares_and_capacities = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(
+    lambda size: st.tuples(arrays(np.float64, size, elements=unit), arrays(np.float64, size[1], elements=unit))
+)
+
+
+@given(shares_and_capacities, st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+@settings(max_examples=60, deadline=None)
+def test_competition_and_attraction_are_what_loops_over_items_and_members_say(
+    given_: tuple[np.ndarray, np.ndarray], alpha: float
+) -> None:
+    shares, capacities = given_
+    members, items = shares.shape
+    totals = [sum(shares[k, j] for k in range(members)) for j in range(items)]
+    fitness = competition(shares, capacities, alpha, 1e-3)
+    for i in range(members):
+        by_hand = sum(capacities[j] * shares[i, j] / (totals[j] ** alpha + 1e-3) for j in range(items))
+        assert fitness[i] == pytest.approx(by_hand)
+        wanted = attraction(i, shares, capacities, 1e-3)
+        for other in range(members):
+            by_hand = sum(
+                capacities[j] / (totals[j] + 1e-3) * max(shares[other, j] - shares[i, j], 0) for j in range(items)
+            )
+            assert wanted[other] == pytest.approx(by_hand)
+
+
+def test_the_only_one_that_solves_an_item_is_worth_more_than_two_that_share_as_many() -> None:
+    """By hand: three items of a third each; A and B share the first, C has the second alone."""
+    shares = np.array([[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0]])
+    fitness = competition(shares, np.full(3, 1 / 3))
+    assert fitness == pytest.approx([1 / 6, 1 / 6, 1 / 3])
+    assert attraction(0, shares, np.full(3, 1 / 3)) == pytest.approx([0, 0, 1 / 3])
+
+
+def result(values: dict[str, list[float]], weights: list[float], losses: tuple[float, ...] = (0.0,)) -> Result:
+    items = tuple(f"i{number}" for number in range(len(weights)))
+    scores = Scores(items, {name: np.array(found) for name, found in values.items()}, np.array(weights))
+    return Result(0.0, losses, scores={"e": scores})
+
+
+def test_rows_of_the_table_are_larger_where_better_and_capacities_follow_weights() -> None:
+    table = ItemTable((Term("e.acc", 3.0, -1), Term("e.nll", 1.0, 1), Term("f.only", 4.0, 1)))
+    row = table.row(result({"acc": [1.0, 0.0], "nll": [2.0, 5.0]}, [1.0, 3.0], (0.0, 0.0, 0.7)))
+    assert row is not None
+    assert row.tolist() == [1.0, 0.0, -2.0, -5.0, -0.7]
+    assert table.capacities == pytest.approx(np.array([0.75, 2.25, 0.25, 0.75, 4.0]) / 8)
+    assert scaled(np.array([row, row + np.eye(5)[1]])).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+
+
+def test_a_candidate_without_all_items_has_no_row_and_one_with_more_has_those_of_the_first() -> None:
+    table = ItemTable((Term("e.nll", 1.0, 1),))
+    first = table.row(result({"nll": [1.0, 2.0]}, [1.0, 1.0]))
+    assert first is not None
+    assert table.row(result({"nll": [1.0]}, [1.0])) is None
+    more = table.row(result({"nll": [3.0, 4.0, 9.0]}, [1.0] * 3))
+    assert more is not None
+    assert more.tolist() == [-3.0, -4.0]
+    assert table.row(result({"nll": [1.0, np.nan]}, [1.0, 1.0])) is None
+
+
+def fill(optimizer: NaturalNiches | MapElites, count: int) -> list[Vector]:
+    """The points of a short search."""
+    points = []
+    for _ in range(count):
+        points.append(optimizer.ask())
+        optimizer.tell_result(points[-1], result_of(problem("mixed"), points[-1]))
+    return points
+
+
+def test_a_pure_child_has_the_first_layers_of_one_parent_and_differs_behind_them() -> None:
+    setting = problem("mixed")
+    optimizer = optimizer_named("natural_niches", {"crossover": "pure", "archive": 6})(setting)
+    assert isinstance(optimizer, NaturalNiches)
+    points = fill(optimizer, 40)
+    positions = GeneMixing(setting).positions
+    shared = []
+    for number in range(6, 40):
+        child = points[number]
+        same = [np.cumprod(child == other).astype(bool) for other in points[:number]]
+        shared.append(max(len(set(positions[prefix])) for prefix in same))
+        for prefix in same:
+            assert not prefix.all()
+    # Four positions, of which the split keeps none to three: most children share a prefix, some nothing.
+    assert sum(count > 0 for count in shared) > len(shared) / 2
+    assert max(shared) <= 4
+
+
+def test_a_published_child_lies_between_its_parents_at_turned_ratios_but_for_its_mutation() -> None:
+    setting = problem()
+    optimizer = optimizer_named("natural_niches", {"mutation": 0.0})(setting)
+    assert isinstance(optimizer, NaturalNiches)
+    first, second = np.zeros(8), np.ones(8)
+    for _ in range(20):
+        child = optimizer._crossed(first, second)
+        ratios = np.unique(child)
+        assert len(ratios) <= 2
+        if len(ratios) == 2:
+            assert ratios.sum() == pytest.approx(1.0)
+            assert len(np.unique(np.diff(child)[np.diff(child) != 0])) == 1  # one split
+
+
+def test_the_archive_keeps_specialists_that_are_worse_on_the_whole() -> None:
+    """Two kinds of items; most members are good at the first, one alone at the second."""
+    setting = problem()
+    optimizer = optimizer_named("natural_niches", {"archive": 4})(setting)
+    assert isinstance(optimizer, NaturalNiches)
+    generator = np.random.default_rng(0)
+
+    def told(solved: list[int]) -> Vector:
+        point = generator.random(8)
+        values = np.isin(np.arange(10), solved).astype(float)
+        scores = Scores(tuple(map(str, range(10))), {"m0": -values}, np.ones(10))
+        optimizer.tell_result(point, Result(-values.mean(), (-values.mean(),), scores={"e": scores}))
+        return point
+
+    specialist = told([7, 8, 9])
+    for _ in range(20):
+        told([0, 1, 2, 3, int(generator.integers(4, 7))])
+    assert any(np.array_equal(specialist, member.point) for member in optimizer.members)
+    assert len(optimizer.members) == 4
+
+
+def test_mutation_changes_kinds_as_they_are() -> None:
+    setting = problem("mixed")
+    mixing, generator = GeneMixing(setting), np.random.default_rng(0)
+    changed = {"choice": 0, "bool": 0, "int": 0, "float": 0}
+    for _ in range(400):
+        moved = mixing.mutate(setting.start, 0.1, generator)
+        assert ((moved >= 0) & (moved <= 1)).all()
+        for gene, before, after in zip(setting.genes, setting.start, moved, strict=True):
+            changed[gene.kind] += gene.value(before) != gene.value(after)
+            if gene.kind in ("choice", "bool") and before != after:
+                assert gene.value(before) != gene.value(after)  # another value altogether, never the same again
+    assert changed["float"] == 400 * 8
+    assert changed["choice"] + changed["bool"] == pytest.approx(400, rel=0.25)  # one of them a child
+    assert np.array_equal(mixing.mutate(setting.start, 0.0, generator), setting.start)
+
+
+def test_the_archives_of_map_elites_hold_what_those_of_pyribs_hold() -> None:
+    from ribs.archives import GridArchive
+
+    setting = problem(objectives=3)
+    optimizer = optimizer_named("map_elites", {"cells": 7})(setting)
+    assert isinstance(optimizer, MapElites)
+    theirs = [GridArchive(solution_dim=8, dims=[7, 7], ranges=[(-1.0, 2.0)] * 2) for _ in range(3)]
+    generator = np.random.default_rng(0)
+    for _ in range(400):
+        point, losses = generator.random(8), generator.uniform(-1.5, 2.5, 3)
+        optimizer.tell_result(point, Result(float(losses.mean()), tuple(map(float, losses))))
+        for term, archive in enumerate(theirs):
+            archive.add_single(point, -losses[term], np.delete(losses, term))
+    for term, archive in enumerate(theirs):
+        found = {elite.point.tobytes() for elite in optimizer.archives[term].elites.values()}
+        assert found == {np.ascontiguousarray(row).tobytes() for row in archive.data("solution")}
+
+
+def test_elites_that_are_good_at_all_terms_are_parents_more_often() -> None:
+    optimizer = optimizer_named("map_elites")(problem(objectives=2))
+    assert isinstance(optimizer, MapElites)
+    for losses in [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0)]:
+        optimizer.archives[0].add(optimizer.cell(Elite(np.zeros(8), losses, 0.0), 0), Elite(np.zeros(8), losses, 0.0))
+    _, weights = optimizer.archives[0].choices()
+    # The archive of the first term has a cell for each loss of the second: (1, 1) lost its cell to (0, 1).
+    assert weights.tolist() == pytest.approx([0.8 * 0.8, 0.8 * 0.5])
+
+
+def test_with_one_term_the_cells_are_the_means_of_the_two_halves_of_the_model() -> None:
+    optimizer = optimizer_named("map_elites", {"cells": 10})(problem())
+    assert isinstance(optimizer, MapElites)
+    point = np.array([0.15] * 4 + [0.85] * 4)
+    assert optimizer.cell(Elite(point, (0.0,), 0.0), 0) == (1, 8)
