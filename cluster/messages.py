@@ -124,6 +124,7 @@ def encode(message: Message) -> bytes:
                 "layers_run": message.layers_run,
                 "layers_reused": message.layers_reused,
                 "worker": message.worker,
+                "censored": message.censored,
             }
     text = json.dumps({"is": type(message).__name__, **fields}).encode()
     data = b"".join((_HEAD.pack(_MAGIC, len(text)), text, *floats))
@@ -224,7 +225,8 @@ def _outcome(fields: dict[str, Any], data: bytes, end: int) -> Outcome:
     failure = fields["failure"]
     if failure is not None:
         failure = Failure(**{name: _of(dict, "failure", failure)[name] for name in ("kind", "message", "detail")})
-    return Outcome(scores=scores, failure=failure, **{name: fields[name] for name in _PLAIN})
+    censored = _of(bool, "censored", fields["censored"])
+    return Outcome(scores=scores, failure=failure, censored=censored, **{name: fields[name] for name in _PLAIN})
 
 
 _PLAIN = (

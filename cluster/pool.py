@@ -117,7 +117,7 @@ class RayPool:
                 calls,
                 self._jobs,
                 # Another body than ours, in a test, say, need not score what the evaluators would.
-                OutcomeCheck(plan.evaluators if body == DEFAULT_BODY else ()),
+                OutcomeCheck(plan.evaluators if body == DEFAULT_BODY else (), plan.seed),
                 self._sharing,
                 workers=workers,
                 trial_seconds=FOREVER if trial_seconds is None else trial_seconds,

@@ -120,8 +120,14 @@ class Used:
             scored = (e for e in events if isinstance(e, Trial) and e.items == "search" and e.scores)
             first = next(scored, None)
             items = sum(len(scores.items) for scores in first.scores.values()) if first else 0
-        works = len({_work(ask) for ask in asks})
-        return cls(len(asks), works * items, gpu_seconds / 3600, sessions.search_seconds)
+        first_asks: dict[str, int] = {}
+        for ask in asks:
+            first_asks.setdefault(_work(ask), ask.candidate)
+        # Of candidates that were not scored on all items it is recorded; what is in flight is taken to need all.
+        searched = (e for e in events if isinstance(e, Trial) and e.items == "search" and e.scored is not None)
+        fewer = {trial.candidate: items - trial.scored for trial in searched if trial.scored is not None}
+        spared = sum(fewer.get(candidate, 0) for candidate in first_asks.values())
+        return cls(len(asks), len(first_asks) * items - spared, gpu_seconds / 3600, sessions.search_seconds)
 
 
 def _work(ask: Ask) -> str:
@@ -167,15 +173,18 @@ class Spending:
         """Count a result."""
         self._gpu_seconds += gpu_seconds_of(trial, self._gpus)
 
-    def reached(self, works: int) -> LimitReached | None:
+    def reached(self, works: int, items: tuple[int, int] | None = None) -> LimitReached | None:
         """The limit that forbids to ask for one more candidate, or None.
 
         Args:
             works: how many different evaluations were asked for, finished or not.
+            items: where candidates are not all scored on all items, the items scored, with the most that those in
+                flight may take, and the most that one more may take.
         """
         most = self.budget
-        if most.item_evaluations is not None and (works + 1) * self._items > most.item_evaluations:
-            return LimitReached("item_evaluations", float(works * self._items))
+        spent, one_more = items or (works * self._items, self._items)
+        if most.item_evaluations is not None and spent + one_more > most.item_evaluations:
+            return LimitReached("item_evaluations", float(spent))
         if most.gpu_hours is not None and self._gpu_seconds >= most.gpu_hours * 3600:
             return LimitReached("gpu_hours", self._gpu_seconds / 3600)
         if most.wall_clock is not None and (seconds := self._seconds()) >= most.wall_clock:

@@ -27,6 +27,7 @@ from search.certificate import CertifyConfig
 from search.errors import ConfigError
 from search.limits import LimitsConfig
 from search.paths.config import PathConfig
+from search.racing.config import FitnessConfig
 from search.run_log import emit
 from search.yaml_source import YamlSource
 
@@ -228,6 +229,7 @@ class SearchConfig(_Section):
     optimizer: Annotated[OptimizerConfig, BeforeValidator(_named)] = OptimizerConfig()
     budget: int = Field(200, ge=1, description="candidates to evaluate, generation 0 included")
     limits: LimitsConfig = LimitsConfig()
+    fitness: FitnessConfig = FitnessConfig()
     baselines: tuple[BaselineConfig, ...] = Field(
         _baselines("uniform_soup", "greedy_soup", "task_arithmetic", "slerp", "ties"),
         description="standard merges in generation 0, by name or as {name: options}; the parents always are in it",

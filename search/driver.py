@@ -183,7 +183,7 @@ class Driver:
 
     def _reached(self, works: int) -> LimitReached | None:
         """The limit that forbids to ask for one more candidate, after so many different ones."""
-        return self._spending.reached(works) if self.population.has_parents else None
+        return self._spending.reached(works, self.population.items_spent) if self.population.has_parents else None
 
     def _ask(self) -> bool:
         """Ask for a candidate, or note that a limit forbids it; returns whether there is something to write."""
@@ -214,6 +214,7 @@ class Driver:
         original = self._first_with_recipe[candidate.work], items
         if original == key:
             learn = candidate.learn if items == "search" else None
+            race = candidate.race if items == "search" else None
             job = Job(
                 candidate.id,
                 candidate.recipe,
@@ -221,6 +222,7 @@ class Driver:
                 hash_weights=items != "search",
                 learn=learn,
                 prefix=self._prefix(candidate.recipe),
+                race=race,
             )
             self._unsent.append(job)
         elif original in self.trials:
@@ -256,12 +258,19 @@ class Driver:
             return False
         key = outcome.key
         self._unkept.pop(key, None)
+        if key[1] == "search" and key not in self._untold:
+            outcome = self.population.completed(outcome)
         metrics = None if outcome.failure else outcome.metrics
         if known := key in self._untold:  # recorded before the run was extended
             self._untold.remove(key)
             trial = self.trials[key]
         else:
-            trial = trial_event(outcome, self.population.judge(metrics), self.population.objective.feasible(metrics))
+            trial = trial_event(
+                outcome,
+                self.population.judge(metrics, key[0] if outcome.censored else None),
+                self.population.objective.feasible(metrics),
+                self.population.scored(outcome),
+            )
             self.trials[key] = trial
             self._unwritten.append(trial)
             self._decided.append(outcome)
@@ -269,7 +278,7 @@ class Driver:
             self._progress = replace(self._progress, done=self._progress.done + 1)
         if key[1] == "search":
             self._asked_in_vain = False
-            self.population.tell(key[0], metrics, outcome.scores)
+            self.population.tell(key[0], metrics, outcome.scores, censored=outcome.censored)
             self._refuse_without_parents()
             if not known:
                 self._note(trial)
@@ -315,7 +324,9 @@ class Driver:
         best = self._progress.best
         origin = self.population.candidate(trial.candidate).origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
-        if trial.loss is not None and trial.feasible and (best is None or best.loss is None or trial.loss < best.loss):
+        if trial.loss is None or not trial.feasible or trial.censored:
+            return
+        if best is None or best.loss is None or trial.loss < best.loss:
             self._progress = replace(self._progress, best=trial, best_origin=origin)
 
     def _count(self, done: int) -> None:
@@ -336,6 +347,7 @@ def _copy(outcome: Outcome, key: Key) -> Outcome:
         failure=outcome.failure,
         weights_sha256=outcome.weights_sha256,
         attempts=0,
+        censored=outcome.censored,
     )
 
 
@@ -353,5 +365,5 @@ def replay(events: Iterable[Event], population: Population) -> dict[Key, Trial]:
         elif isinstance(event, Trial):
             trials[event.candidate, event.items] = event
             if event.items == "search":
-                population.tell(event.candidate, usable_metrics(event), event.scores)
+                population.tell(event.candidate, usable_metrics(event), event.scores, censored=event.censored)
     return trials

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluators.base import Context, Evaluator, Scores
 from evaluators.registry import make_evaluator
 from search.checkpoints.fingerprint import hash_tensors
@@ -32,7 +34,9 @@ from search.merge.statistics import identities
 from search.model_state import model_state
 from search.paths.worker import Merged, Paths
 from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
-from search.prefix.reuse import PrefixReuse
+from search.prefix.reuse import PrefixReuse, Watch
+from search.racing.ladder import item_order
+from search.racing.race import Race
 from search.recipe import Recipe
 from search.seeds import derive_seed, seeded
 from search.soups.plan import LearnSoup
@@ -175,7 +179,7 @@ class Evaluation:
                 bytes_read = candidate.bytes_read
                 digest = hash_tensors(candidate.tensors()) if job.hash_weights else None
                 merged = time.perf_counter()
-                scores = self._score(job, candidate)
+                scores, censored = self._score(job, candidate)
             metrics = self._aggregate(scores)
             if job.learn is not None:
                 metrics |= self._learn(job.recipe, job.learn)
@@ -209,6 +213,7 @@ class Evaluation:
             bytes_read=bytes_read,
             layers_run=self._reuse.layers_run,
             layers_reused=self._reuse.layers_reused,
+            censored=censored and failure is None,
         )
 
     def _use_models_of(self, recipe: Recipe) -> None:
@@ -246,7 +251,31 @@ class Evaluation:
         with self._paths.on(recipe) as path:
             yield path
 
-    def _score(self, job: Job, candidate: Merged) -> dict[str, Scores]:
+    def _score(self, job: Job, candidate: Merged) -> tuple[dict[str, Scores], bool]:
+        """Scores of the items of the job, and whether it was stopped before it had those of all."""
+        with self._reuse.watching(self._model.model, candidate.targets, candidate.made_by, candidate.along) as watch:
+            if job.race is None:
+                items = {name: evaluator.items(job.items) for name, evaluator in self._evaluators.items()}
+                return self._scores_of(items, watch), False
+            return self._raced(job, job.race, watch)
+
+    def _raced(self, job: Job, race: Race, watch: Watch) -> tuple[dict[str, Scores], bool]:
+        """The scores of a race, in its order of items."""
+        every = self._evaluators.items()
+        orders = {name: item_order(self._seed, name, tuple(each.items(job.items))) for name, each in every}
+        found: dict[str, Scores] = {}
+        for rung, sizes in enumerate(race.rungs):
+            begun = {name: len(found[name].items) if found else 0 for name in sizes}
+            items = {name: orders[name][begun[name] : size] for name, size in sizes.items()}
+            for name, scores in self._scores_of(items, watch, rung).items():
+                added = _in_order(scores, orders[name][begun[name] : sizes[name]])
+                found[name] = Scores.join([found[name], added]) if name in found else added
+            if race.stops(rung, found):
+                return found, True
+        return found, False
+
+    def _scores_of(self, items: Mapping[str, Sequence[str]], watch: Watch, rung: int = 0) -> dict[str, Scores]:
+        """Evaluator -> scores of these items; `rung` counts the parts in which the items of a pool are scored."""
         import torch
 
         found = {}
@@ -256,17 +285,14 @@ class Evaluation:
         # or replaced in it is not put right by merging again.
         self._changed = True
         try:
-            with (
-                torch.no_grad(),
-                self._reuse.watching(model, candidate.targets, candidate.made_by, candidate.along) as watch,
-            ):
+            with torch.no_grad():
                 for name, evaluator in self._evaluators.items():
-                    items = evaluator.items(job.items)
                     watch.allowed = evaluator.plain_forward
                     # The same draws for every candidate: they are compared with each other.
-                    with seeded(derive_seed(self._seed, "evaluator", name), *self._devices):
-                        scores = Scores.join(list(evaluator.evaluate(model, items)))
-                    found[name] = _complete(name, scores, items)
+                    purpose = ("evaluator", name, rung) if rung else ("evaluator", name)
+                    with seeded(derive_seed(self._seed, *purpose), *self._devices):
+                        scores = Scores.join(list(evaluator.evaluate(model, items[name])))
+                    found[name] = _complete(name, scores, items[name])
                     model.eval()
                     self._changed = model_state(model) != state
                     if self._changed:
@@ -340,6 +366,17 @@ def require_device(device: str) -> None:
             f"{device} fails whatever it is asked, until this process ends: {str(error).splitlines()[0]}; "
             "the run can go on in a new one (meiosis resume)"
         ) from error
+
+
+def _in_order(scores: Scores, items: Sequence[str]) -> Scores:
+    """The same scores with their items in another order."""
+    places = {item: place for place, item in enumerate(scores.items)}
+    rows = [places[item] for item in items]
+    return Scores(
+        tuple(items),
+        {metric: np.asarray(values, np.float64)[rows] for metric, values in scores.values.items()},
+        np.asarray(scores.weights, np.float64)[rows],
+    )
 
 
 def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:

@@ -281,13 +281,22 @@ def finish(
 def best_searched(driver: Driver, count: int) -> list[Candidate]:
     """The best searched candidates on the search items, each recipe once."""
     ranked = sorted(
-        (c for c in driver.population.candidates if c.origin == SEARCHED and driver.trials[c.id, "search"].feasible),
-        key=lambda c: (driver.trials[c.id, "search"].loss, c.id),
+        (
+            c
+            for c in driver.population.candidates
+            if c.origin == SEARCHED and _may_be_best(driver.trials[c.id, "search"])
+        ),
+        key=lambda c: (driver.population.cautious(c.id, driver.trials[c.id, "search"].loss or 0.0), c.id),
     )
     distinct: dict[str, Candidate] = {}
     for candidate in ranked:
         distinct.setdefault(candidate.recipe_hash, candidate)
     return list(distinct.values())[:count]
+
+
+def _may_be_best(trial: Trial) -> bool:
+    """Whether it keeps the constraints and was not stopped early."""
+    return trial.feasible and not trial.censored
 
 
 def _loss(driver: Driver, trial: Trial) -> float:

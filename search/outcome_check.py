@@ -13,6 +13,8 @@ import numpy as np
 
 from evaluators.base import EvaluatorSpec, ItemPool, Scores
 from search.pool import Failure, FailureKind, Job, Outcome
+from search.racing.ladder import item_order
+from search.racing.race import Race
 
 MESSAGE_BYTES = 64 * 2**20
 """Largest outcome that is sent and read: scores of about a million items."""
@@ -39,6 +41,8 @@ def checked(outcome: object, job: Job) -> Outcome:
     if not (isinstance(outcome.metrics, Mapping) and isinstance(outcome.scores, Mapping)):
         raise TypeError("outcome.metrics and outcome.scores must be mappings")
     failure = None if outcome.failure is None else cleaned(outcome.failure)
+    if not isinstance(outcome.censored, bool):
+        raise TypeError(f"outcome.censored is {type(outcome.censored).__name__}, expected bool")
     if failure is not None and (outcome.scores or outcome.metrics):
         raise ValueError("the outcome has a failure and scores; expected one of them")
     seconds = [_number(f"outcome.{name}", getattr(outcome, name)) for name in ("merge_seconds", "evaluate_seconds")]
@@ -66,6 +70,7 @@ def checked(outcome: object, job: Job) -> Outcome:
         metrics={} if failure else metrics,
         scores={} if failure else scores,
         failure=failure,
+        censored=outcome.censored and failure is None,
         merge_seconds=seconds[0],
         evaluate_seconds=seconds[1],
     )
@@ -76,10 +81,11 @@ class OutcomeCheck:
 
     Args:
         evaluators: those of the plan; without any, only the form of outcomes is checked.
+        seed: of the plan, by which the items of a race are put in order.
     """
 
-    def __init__(self, evaluators: Sequence[EvaluatorSpec]) -> None:
-        self._specs = evaluators
+    def __init__(self, evaluators: Sequence[EvaluatorSpec], seed: int = 0) -> None:
+        self._specs, self._seed = evaluators, seed
         self._metrics: tuple[str, ...] | None = None
         self._items: dict[ItemPool, dict[str, frozenset[str]]] = {}
 
@@ -98,6 +104,11 @@ class OutcomeCheck:
         expected = self._expected(job.items)
         if good.scores.keys() != expected.keys():
             raise ValueError(f"the worker returned scores of {sorted(good.scores)}, expected {sorted(expected)}")
+        if job.race is not None:
+            self._check_race(good, job.race, job.items)
+            expected = {}
+        elif good.censored:
+            raise ValueError("the worker stopped a candidate that was to be scored on all items")
         for name, items in expected.items():
             found = good.scores[name].items
             if len(found) != len(items) or not items.issuperset(found):
@@ -108,6 +119,27 @@ class OutcomeCheck:
         if missing is not None:
             raise ValueError(f"the worker returned no '{missing}', which its evaluator declares as a metric")
         return good
+
+    def _check_race(self, outcome: Outcome, race: Race, pool: ItemPool) -> None:
+        """Raise `ValueError` unless the items are those of a rung, and that of the last if it was not stopped."""
+        sizes = {name: len(scores.items) for name, scores in outcome.scores.items()}
+        rung = race.rung_of(sizes)
+        last = len(race.rungs) - 1
+        if rung is None or (rung == last) == outcome.censored:
+            what = "stopped before" if outcome.censored else "carried on to"
+            raise ValueError(
+                f"outcome.scores: expected a candidate that was {what} the last of {[dict(one) for one in race.rungs]} "
+                f"items, but {sizes} were scored"
+            )
+        for name, scores in outcome.scores.items():
+            wanted = self._order(name, pool)[: len(scores.items)]
+            if tuple(scores.items) != wanted:
+                raise ValueError(
+                    f"outcome.scores['{name}']: expected the first {len(wanted)} items in the order of the race"
+                )
+
+    def _order(self, name: str, pool: ItemPool) -> tuple[str, ...]:
+        return item_order(self._seed, name, tuple(sorted(self._expected(pool)[name])))
 
     def _expected(self, pool: ItemPool) -> dict[str, frozenset[str]]:
         """Evaluator -> ids of its items, read once per pool."""

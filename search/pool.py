@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from evaluators.base import EvaluatorSpec, ItemPool, Scores
+from search.racing.race import Race
 from search.recipe import ModelRef, Recipe
 from search.soups.plan import LearnSoup
 
@@ -69,6 +70,8 @@ class Job:
     """Better weights than the recipe's, to be learned from there and returned among the metrics."""
     prefix: tuple[int, ...] = ()
     """What its layers are made of, see `search.prefix.affinity`: jobs that begin alike go to the same worker."""
+    race: Race | None = None
+    """How far it is scored; None: on all items of the pool."""
 
     @property
     def key(self) -> tuple[int, ItemPool]:
@@ -101,6 +104,7 @@ class Outcome:
         bytes_moved: bytes of messages between driver and worker.
         layers_run: layers of the model that ran, once for every forward pass.
         layers_reused: layers that did not have to, since their result was known from an earlier candidate.
+        censored: whether it was stopped in its race: the scores are of fewer items than it might have had.
     """
 
     candidate: int
@@ -120,6 +124,7 @@ class Outcome:
     bytes_moved: int = 0
     layers_run: int = 0
     layers_reused: int = 0
+    censored: bool = False
 
     @property
     def key(self) -> tuple[int, ItemPool]:

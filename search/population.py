@@ -8,7 +8,7 @@ the optimiser starts at the best of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,9 @@ from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
 from search.optimizer import LearnsFromGeneration0, LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
 from search.pareto.starts import front_ids
+from search.pool import Outcome
+from search.racing.fitness import Fitness, censored_loss
+from search.racing.race import Race
 from search.recipe import Recipe
 from search.same_merge import same_merge
 from search.seeds import derive_seed
@@ -40,6 +43,7 @@ class Candidate:
         step: generation 0 only: an attempt inside a baseline, no result of its own.
         learn: what a worker shall learn from the recipe, beside scoring it.
         known_hash: `Recipe.hash` of the recipe, where it was found in a cheaper way.
+        race: how far it is scored on the search items; None: on all of them.
     """
 
     id: int
@@ -49,6 +53,7 @@ class Candidate:
     step: bool = False
     learn: LearnSoup | None = None
     known_hash: str | None = None
+    race: Race | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def recipe_hash(self) -> str:
@@ -71,6 +76,7 @@ class Population:
         make_optimizer: from `optimizer_named`.
         budget, window, seed, step: see `Problem`.
         baselines_only: whether it ends with generation 0.
+        fitness: how far candidates are scored; None: all on all items.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Population:
         seed: int,
         step: float,
         baselines_only: bool = False,
+        fitness: Fitness | None = None,
     ) -> None:
         self._space, self.objective = space, objective
         self._make_optimizer = make_optimizer
@@ -95,6 +102,11 @@ class Population:
         self._labels: dict[str, int] = {}
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
+        self._fitness = fitness
+        self._races: dict[str, Race] = {}
+        self._items_spent = 0
+        self._first_asked: set[int] = set()
+        self._unranked: list[tuple[int, Mapping[str, float], Mapping[str, Scores], bool]] = []
         known = Generation0(
             space.sources,
             self._loss_of_label,
@@ -158,30 +170,101 @@ class Population:
     ) -> None:
         """What was measured of a candidate; metrics are None for a failure. Call in the order of the history."""
         self._metrics[candidate] = metrics
-        if self._optimizer is None and metrics is not None and candidate in self._weights:
+        if self._optimizer is None and metrics is not None and candidate in self._weights and not censored:
             self._scores[candidate] = scores or {}
         if self.objective.needs_parents and self._parents_are_known():
             found = [metrics for id_ in self._parent_ids() if (metrics := self._metrics[id_]) is not None]
             if found:
                 self.objective = self.objective.against(found)
         asked = self._candidates[candidate]
+        if self._fitness is not None:
+            self._tell_fitness(self._fitness, asked, metrics, scores or {}, censored)
         if self._optimizer is not None and asked.genome is not None:
-            result = self._result(metrics, scores or {}, censored)
+            result = self._result(metrics, scores or {}, asked if censored else None)
             if isinstance(self._optimizer, LearnsFromResults):
                 self._optimizer.tell_result(asked.genome.vector(), result)
             else:
                 self._optimizer.tell(asked.genome.vector(), result.loss)
 
-    def _result(self, metrics: Mapping[str, float] | None, scores: Mapping[str, Scores], censored: bool) -> Result:
-        loss = self.objective.judge(metrics).loss
+    def _result(
+        self, metrics: Mapping[str, float] | None, scores: Mapping[str, Scores], censored: Candidate | None
+    ) -> Result:
+        loss = self._judge(metrics, censored).loss
         if metrics is None or loss >= FAILED_LOSS:
             return Result(loss)
         violation = self.objective.violation(metrics)
-        return Result(loss, self.objective.losses(metrics), violation, censored, scores, metrics)
+        return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics)
 
-    def judge(self, metrics: Mapping[str, float] | None) -> Judgement | None:
-        """Loss and feasibility, or None while the parents that normalise them are not all told."""
-        return None if self.objective.needs_parents else self.objective.judge(metrics)
+    def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:
+        """Loss and feasibility, or None while the parents that normalise them are not all told.
+
+        Args:
+            censored: the candidate, if it was stopped.
+        """
+        if self.objective.needs_parents:
+            return None
+        return self._judge(metrics, None if censored is None else self._candidates[censored])
+
+    def _judge(self, metrics: Mapping[str, float] | None, censored: Candidate | None) -> Judgement:
+        judgement = self.objective.judge(metrics)
+        reference = censored.race.reference if censored is not None and censored.race is not None else None
+        if reference is None or not judgement.feasible:
+            return judgement
+        return replace(judgement, loss=censored_loss(judgement.loss, reference.loss))
+
+    def completed(self, outcome: Outcome) -> Outcome:
+        """A result on the search items with the metrics of all of them, estimated where only some were scored."""
+        if self._fitness is None or outcome.failure is not None:
+            return outcome
+        return replace(outcome, metrics=self._fitness.estimated(outcome.metrics, outcome.scores))
+
+    def scored(self, outcome: Outcome) -> int | None:
+        """How many items were scored, where these are not all of the search items."""
+        fitness = self._fitness
+        if fitness is None or outcome.items != "search" or not outcome.scores or fitness.is_whole(outcome.scores):
+            return None
+        return sum(len(block.items) for block in outcome.scores.values())
+
+    @property
+    def items_spent(self) -> tuple[int, int] | None:
+        """Search items scored, with the most that those in flight take, and the most that one more takes.
+
+        None where every candidate is scored on all items.
+        """
+        return None if self._fitness is None else (self._items_spent, self._fitness.next_items)
+
+    def cautious(self, candidate: int, loss: float) -> float:
+        """A loss, and beside it what may be wrong with it because not all items were scored."""
+        return loss if self._fitness is None else self._fitness.cautious(candidate, loss)
+
+    def _tell_fitness(
+        self,
+        fitness: Fitness,
+        asked: Candidate,
+        metrics: Mapping[str, float] | None,
+        scores: Mapping[str, Scores],
+        censored: bool,
+    ) -> None:
+        race = asked.race
+        if scores and race is not None and asked.id in self._first_asked:
+            self._items_spent += sum(len(block.items) for block in scores.values()) - race.items
+        fitness.learn(scores, asked.origin == BASE_LABEL or asked.id in self._parent_ids())
+        if metrics is not None:
+            self._unranked.append((asked.id, metrics, scores, censored))
+        if self.objective.needs_parents:
+            return
+        for id_, found, by_item, stopped in self._unranked:
+            one = self._candidates[id_]
+            judgement = self._judge(found, one if stopped else None)
+            fitness.rank(
+                id_,
+                self.objective,
+                judgement.loss,
+                by_item,
+                searched=one.genome is not None and judgement.feasible,
+                may_lead=judgement.feasible and not stopped,
+            )
+        self._unranked.clear()
 
     def parents_failed(self) -> bool:
         """Whether every parent was told and none could be evaluated."""
@@ -214,6 +297,14 @@ class Population:
         return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
+        if self._fitness is not None:
+            race = self._races.get(candidate.work)
+            if race is None:  # a recipe that was there before has the result, and so the race, of the first
+                whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
+                race = self._races[candidate.work] = self._fitness.race(self.objective, whole)
+                self._items_spent += race.items
+                self._first_asked.add(candidate.id)
+            candidate = replace(candidate, race=race)
         self._candidates.append(candidate)
         return candidate
 
@@ -256,7 +347,7 @@ class Population:
                 continue
             if same_merge(self._candidates[id_].recipe, self._space.decode(genome)):
                 known.add(genome)
-                optimizer.take_member(genome.vector(), self._result(self._metrics[id_], scores, censored=False))
+                optimizer.take_member(genome.vector(), self._result(self._metrics[id_], scores, None))
         self._scores.clear()
         return known
 

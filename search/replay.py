@@ -46,7 +46,7 @@ def replay_ordered(
         if not results or (not asks and in_flight < window and may_ask()):
             break
         trial = results.popleft()
-        population.tell(trial.candidate, usable_metrics(trial), trial.scores)
+        population.tell(trial.candidate, usable_metrics(trial), trial.scores, censored=trial.censored)
         in_flight -= 1
     if asks:
         check_ask(asks[0], None)

@@ -30,6 +30,7 @@ from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
+from search.racing.fitness import Fitness
 from search.reopening import load_setup
 from search.replay import replay_ordered
 from search.report import write_report
@@ -132,6 +133,9 @@ def make_population(setup: Setup, in_flight: int) -> Population:
         seed=setup.config.seed,
         step=search.optimizer.step,
         baselines_only=search.baselines_only,
+        fitness=Fitness(search.fitness, setup.evaluators, setup.config.seed, in_flight)
+        if search.fitness.racing
+        else None,
     )
 
 
@@ -406,7 +410,9 @@ def export_trial(
 
 
 def _best_so_far(trials: Mapping[Key, Trial], folder: RunFolder) -> int:
-    usable = [t for t in trials.values() if t.items == "search" and t.feasible and t.loss is not None]
+    usable = [
+        t for t in trials.values() if t.items == "search" and t.feasible and t.loss is not None and not t.censored
+    ]
     if not usable:
         raise UserError(f"run {folder.name} has no feasible trial yet; name one with --trial")
     return min(usable, key=lambda t: (t.loss, t.candidate)).candidate

@@ -138,6 +138,7 @@ def check(
     _check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
     _check_budget(config, evaluators, faults)
+    _check_racing(config, metrics, faults)
     faults.lines += tracker_faults(loaded)
     _check_gpus(config, faults)
     checkpoints = _checkpoints(loaded, faults)
@@ -225,6 +226,21 @@ def _check_gpus(config: Config, faults: _Faults) -> None:
         faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
     if config.space.path is not None and cluster.gpus_per_worker > 1:
         faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
+
+
+def _check_racing(config: Config, metrics: Mapping[str, Metric], faults: _Faults) -> None:
+    if not config.search.fitness.racing:
+        return
+    for term in config.objectives.terms:
+        if term.metric in metrics and not metrics[term.metric].per_item:
+            evaluator = term.metric.partition(".")[0]
+            others = [name for name, one in metrics.items() if one.per_item and name.partition(".")[0] == evaluator]
+            instead = f"; use {' or '.join(others)} in the objectives" if others else ""
+            faults.add(
+                ("search", "fitness", "racing"),
+                f"'{term.metric}' has no value per item, so candidates cannot be compared item by item{instead}, or "
+                "leave racing out",
+            )
 
 
 def has_gpu() -> bool:

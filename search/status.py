@@ -135,7 +135,7 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     search = manifest["config"]["search"]
     budget = budget_in_force(_budget_at_start(search), events)
     limits = {name: most for name, most in asdict(budget).items() if most is not None and name != "candidates"}
-    usable = [(trial.loss, trial) for trial in searched if trial.feasible and trial.loss is not None]
+    usable = [(t.loss, t) for t in searched if t.feasible and t.loss is not None and not t.censored]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
     verdict = Verdict.from_json(ended.verdict) if ended else None

@@ -31,7 +31,7 @@ def _written_out(candidate: Candidate) -> str:
     return json.dumps(rules, separators=(",", ":"))
 
 
-def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -> Trial:
+def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool, scored: int | None = None) -> Trial:
     """The record of a result; no judgement while the parents that normalise the loss are not all known."""
     return Trial(
         candidate=outcome.candidate,
@@ -55,6 +55,8 @@ def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool) -
         bytes_moved=outcome.bytes_moved,
         layers_run=outcome.layers_run,
         layers_reused=outcome.layers_reused,
+        censored=outcome.censored,
+        scored=scored,
     )
 
 
@@ -79,6 +81,7 @@ def outcome_of(trial: Trial) -> Outcome:
         bytes_moved=trial.bytes_moved,
         layers_run=trial.layers_run,
         layers_reused=trial.layers_reused,
+        censored=trial.censored,
     )
 
 

@@ -32,13 +32,14 @@ def hop(layer: torch.nn.Module, index: int, scale: float) -> torch.nn.Module:
     found = _shallow(layer, index)
     if scale != 1.0:
         # Not by a hook: whoever looks at the state between two layers sees it before it is scaled.
-        found.__class__ = _scaled_kind(type(found))
+        kind: Any = type(found)
+        found.__class__ = _scaled_kind(kind)
         found.entry_scale = scale
     return found
 
 
 @cache
-def _scaled_kind(kind: type[Any]) -> type[Any]:
+def _scaled_kind(kind: Any) -> Any:
     """The class of a layer that scales the hidden state on entry."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

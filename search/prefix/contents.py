@@ -69,5 +69,5 @@ def contents_of(fingerprints: Mapping[str, object], places: Mapping[str, Place],
 def plain(value: object) -> object:
     """A fingerprint as `digest` takes it: types of torch as text; everything else as it is."""
     if isinstance(value, tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(plain, value))
     return value if isinstance(value, str | bytes | bool | int | float) or value is None else str(value)

@@ -30,6 +30,8 @@
 | bytes_moved | int64 | bytes of messages between driver and worker |
 | layers_run | int64 | layers of the model that ran, once for every forward pass |
 | layers_reused | int64 | layers whose result was known from an earlier candidate of the worker |
+| censored | bool | whether the evaluation was stopped early, since the candidate is worse than its reference |
+| scored | int64 | items scored, where these are not all; the metrics are then estimates for all |
 | verdict | string | JSON of `end`, of `limit` (limit, used) and of `extended` (the budget from there on) |
 | crc32 | uint32 | CRC-32 of the record: of its Arrow message up to the last 8 bytes, and of its place unless 0 |
 
@@ -65,7 +67,19 @@ if TYPE_CHECKING:
 VERSION = b"1"
 """Version of the columns, in the metadata of the schema."""
 
-ADDED = frozenset({"node", "started_at", "queue_seconds", "bytes_read", "bytes_moved", "layers_run", "layers_reused"})
+ADDED = frozenset(
+    {
+        "node",
+        "started_at",
+        "queue_seconds",
+        "bytes_read",
+        "bytes_moved",
+        "layers_run",
+        "layers_reused",
+        "censored",
+        "scored",
+    }
+)
 """Columns that older histories of this version lack."""
 
 _UNSET = 0xFFFFFFFF
@@ -112,6 +126,8 @@ def schema() -> pa.Schema:
         "bytes_moved": number,
         "layers_run": number,
         "layers_reused": number,
+        "censored": pa.bool_(),
+        "scored": number,
         "verdict": text,
         "crc32": pa.uint32(),
     }
@@ -233,6 +249,8 @@ def _row(event: Event, seq: int, side: SideFiles) -> dict[str, object]:
                 "bytes_moved": event.bytes_moved,
                 "layers_run": event.layers_run,
                 "layers_reused": event.layers_reused,
+                "censored": event.censored or None,
+                "scored": event.scored,
             }
             if side.takes(scores):
                 row["scores_file"], row["scores_sha256"] = side.put_scores(seq, scores)
@@ -304,6 +322,8 @@ def _event(row: dict[str, Any], scores: ScoreRows, side: SideFiles | None) -> Ev
         bytes_moved=row["bytes_moved"] or 0,
         layers_run=row["layers_run"] or 0,
         layers_reused=row["layers_reused"] or 0,
+        censored=bool(row["censored"]),
+        scored=row["scored"],
     )
 
 

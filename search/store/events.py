@@ -89,6 +89,8 @@ class Trial(Recorded):
         bytes_moved: bytes of messages between driver and worker.
         layers_run: layers of the model that ran, once for every forward pass.
         layers_reused: layers that did not have to, since their result was known from an earlier candidate.
+        censored: whether it was stopped because it is worse than what it was compared with.
+        scored: items that were scored, where these are not all of the pool; metrics are then estimates for all.
     """
 
     candidate: int
@@ -112,6 +114,8 @@ class Trial(Recorded):
     bytes_moved: int = 0
     layers_run: int = 0
     layers_reused: int = 0
+    censored: bool = False
+    scored: int | None = None
 
     def deterministic(self) -> Content:
         return (
@@ -124,6 +128,8 @@ class Trial(Recorded):
             tuple((name, _scores_content(scores)) for name, scores in sorted(self.scores.items())),
             self.failure_kind,
             self.weights_sha256,
+            bool(self.censored),
+            self.scored,
         )
 
     def circumstances(self) -> Content:

@@ -1,0 +1,1 @@
+"""What a candidate would score on all items, from what it scored on some."""

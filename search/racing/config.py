@@ -1,0 +1,51 @@
+"""How many items the fitness of a candidate takes, as a config has it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Estimate = Literal["none", "auto", "control_variate", "p_irt", "gp_irt"]
+
+
+class FitnessConfig(BaseModel):
+    """On how many of the search items a candidate is scored, and what is made of the scores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    racing: bool = Field(
+        False,
+        description="score candidates on subsets of the search items that grow as the search converges, and stop those "
+        "that are worse than the best so far beyond chance; parents and base are always scored on all items",
+    )
+    estimate: Estimate = Field(
+        "auto",
+        description="how racing makes scores of a subset into metrics of all items. none: the mean of the subset; "
+        "control_variate: regression on what parents and fully scored candidates did; p_irt, gp_irt: item-response "
+        "models of 0/1 scores; auto: control_variate",
+    )
+    first: float = Field(
+        0.05, gt=0, le=1, description="share of an evaluator's search items on which racing scores the first candidates"
+    )
+    smallest: int = Field(
+        8,
+        ge=2,
+        description="fewest items per evaluator in racing; evaluators with at most so many are always scored whole",
+    )
+    growth: float = Field(
+        1.5, gt=1, le=100, allow_inf_nan=False, description="factor between one number of items and the next one"
+    )
+    confidence: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="a candidate is stopped when it is worse with this confidence, however often that is looked at",
+    )
+    precision: float = Field(
+        0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="the subset grows when the standard error of a comparison exceeds this share of the spread of the "
+        "latest candidates",
+    )

@@ -1,0 +1,115 @@
+"""What a worker must know to end the evaluation of a hopeless candidate early: plain data, and the decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.base import Scores
+from search.racing.bounds import betting_log_wealth, mixture_log_evidence
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A candidate that others are compared with, item by item.
+
+    The objective is a sum over evaluators of weighted means of `influence`, linear in the scores of an item.
+
+    Attributes:
+        loss: what the optimiser was told of it.
+        coefficients: evaluator -> metric -> factor of a score in the objective.
+        influence: evaluator -> (n,) of the reference, on the first items.
+        mean_weights: evaluator -> mean weight of all its items.
+        blocks, totals: how the items are cut, see `Ladder`.
+        low: smallest possible sum over evaluators of (weight / mean weight) (influence of a candidate minus that of
+            the reference), where scores are bounded; None where they are not.
+        scale: of the differences that are expected, in the unit of the loss.
+        alpha: probability of stopping a candidate that is not worse.
+    """
+
+    loss: float
+    coefficients: Mapping[str, Mapping[str, float]]
+    influence: Mapping[str, Vector]
+    mean_weights: Mapping[str, float]
+    blocks: int
+    totals: Mapping[str, int]
+    low: float | None
+    scale: float
+    alpha: float
+
+    def loses(self, scores: Mapping[str, Scores]) -> bool:
+        """Whether a candidate with these scores on the first items is worse, beyond chance.
+
+        Evaluators are independent strata. Bounded scores are tested by betting on blocks of items, which holds for any
+        sample; others by a normal mixture with the variance of the stratified mean.
+        """
+        differences: dict[str, Vector] = {}
+        for name, factors in self.coefficients.items():
+            block = scores[name]
+            if len(block.items) > len(self.influence[name]):
+                return False
+            own = sum((factor * block.values[metric] for metric, factor in factors.items()), np.zeros(len(block.items)))
+            differences[name] = own - self.influence[name][: len(block.items)]
+        limit = -math.log(self.alpha)
+        if self.low is not None:
+            composite = self._composite(differences, scores)
+            return bool((betting_log_wealth(composite, self.low, self.blocks) >= limit).any())
+        mean = variance = 0.0
+        for name, difference in differences.items():
+            weights, count = scores[name].weights, len(difference)
+            if weights.sum() <= 0 or count < 2:
+                return False
+            here = float(weights @ difference / weights.sum())
+            around = weights / weights.mean() * (difference - here)
+            # A small sample knows its variance badly: (n + 1) / (n - 1) is roughly what a t test allows for.
+            spread = float(around @ around) / (count - 1) * (count + 1) / (count - 1)
+            variance += (1 - count / self.totals[name]) * spread / count
+            mean += here
+        return mixture_log_evidence(mean, variance, self.scale) >= limit
+
+    def _composite(self, differences: Mapping[str, Vector], scores: Mapping[str, Scores]) -> Vector:
+        """(blocks seen,) the sum over evaluators of their means in a block; the mean of all blocks is the difference.
+
+        Exact where the blocks of an evaluator have as many items; else those with one more are scaled like the others.
+        """
+        total = np.zeros(0)
+        for name, difference in differences.items():
+            edges = np.arange(self.blocks + 1) * self.totals[name] // self.blocks
+            seen = int(np.searchsorted(edges, len(difference), side="right")) - 1
+            weighted = scores[name].weights / self.mean_weights[name] * difference
+            sums = np.add.reduceat(weighted[: edges[seen]], edges[:seen]) if seen else np.zeros(0)
+            means = sums / np.diff(edges[: seen + 1])
+            total = means if not len(total) else total[: len(means)] + means[: len(total)]
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Race:
+    """How far a candidate is scored on the search items.
+
+    Attributes:
+        rungs: evaluator -> numbers of items after which a candidate may end; the last is as far as it goes.
+        reference: what it is compared with after every rung but the last; None: it is not stopped.
+    """
+
+    rungs: tuple[Mapping[str, int], ...]
+    reference: Reference | None = field(default=None, repr=False)
+
+    @property
+    def items(self) -> int:
+        """Items that are scored at most."""
+        return sum(self.rungs[-1].values())
+
+    def stops(self, rung: int, scores: Mapping[str, Scores]) -> bool:
+        """Whether a candidate ends after a rung although there are more."""
+        return self.reference is not None and rung < len(self.rungs) - 1 and self.reference.loses(scores)
+
+    def rung_of(self, sizes: Mapping[str, int]) -> int | None:
+        """The rung that has these numbers of items; None if none has."""
+        return next((index for index, rung in enumerate(self.rungs) if dict(rung) == dict(sizes)), None)

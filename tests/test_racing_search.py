@@ -1,0 +1,114 @@
+"""A search with racing: fewer item-evaluations, and the same history however it was run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from search.budget import Used
+from search.config import load_config
+from search.errors import InterruptedRun
+from search.local_pool import LocalPool
+from search.pool import Pool, WorkerPlan
+from search.progress import Progress
+from search.run import resume, start
+from search.setup import Setup, check
+from search.store.events import Trial
+from search.store.run_folder import RunFolder
+
+pytest_plugins = ["family"]
+
+DOMAINS = ("python", "english", "cpp")
+PIECES = 6
+
+
+class Quiet:
+    """A watcher that interrupts the run after so many candidates."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self._stop_after = stop_after
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, state: Progress) -> None:
+        if self._stop_after is not None and state.phase == "search" and state.done >= self._stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def many_items(family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Domain -> pool -> file, with 48 search items in each domain."""
+    folder = tmp_path_factory.mktemp("items")
+    found: dict[str, dict[str, str]] = {}
+    for domain in DOMAINS:
+        files = {pool: str(family / "data" / domain / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
+        rows = [json.loads(line) for line in Path(files["search"]).read_text().splitlines()]
+        length = len(rows[0]["text"]) // PIECES
+        pieces = [
+            {"id": f"{row['id']}-{k}", "text": row["text"][k * length : (k + 1) * length]}
+            for row in rows
+            for k in range(PIECES)
+        ]
+        path = folder / f"{domain}.jsonl"
+        path.write_text("\n".join(json.dumps(piece) for piece in pieces) + "\n")
+        found[domain] = {**files, "search": str(path)}
+    return found
+
+
+@pytest.fixture
+def racing_config(family_config: dict[str, Any], many_items: dict[str, dict[str, str]]) -> dict[str, Any]:
+    config = dict(family_config)
+    for name in DOMAINS:
+        config["evaluators"][name]["data"] = many_items[name]
+    config["search"] |= {"budget": 60, "window": 4, "baselines": ["uniform_soup"]}
+    config["search"]["fitness"] = {"racing": True, "smallest": 4, "first": 0.1, "precision": 0.2}
+    return config
+
+
+def checked(config: dict[str, Any], folder: Path) -> Setup:
+    file = folder / "search.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return check(load_config(file))
+
+
+def pool_of(workers: int) -> Callable[[Setup, WorkerPlan, Path], Pool]:
+    return lambda setup, plan, folder: LocalPool(plan, workers=workers)
+
+
+def contents(folder: RunFolder) -> list[object]:
+    return [event.deterministic() for event in folder.events()]
+
+
+def test_racing_scores_fewer_items_and_exports(racing_config: dict[str, Any], tmp_path: Path) -> None:
+    finished = start(checked(racing_config, tmp_path), pool_of(1), Quiet())
+    trials = [e for e in finished.folder.events() if isinstance(e, Trial) and e.items == "search"]
+    items = 3 * 48
+    assert [t.scored for t in trials[:4]] == [None] * 4, "parents and base are scored on all items"
+    counts = {t.scored for t in trials}
+    assert len(counts) > 3, counts
+    assert any(t.censored for t in trials)
+    from search.store.sessions import Sessions
+
+    used = Used.of(finished.folder.events(), Sessions(finished.folder.sessions), items)
+    assert used.item_evaluations == sum(t.scored or items for t in trials)
+    assert used.item_evaluations < 60 * items / 2
+    assert (finished.model / "model.safetensors").exists()
+    for trial in trials:
+        assert all(value > 0 for value in trial.metrics.values())
+
+
+def test_the_history_is_the_same_after_a_stop_and_on_more_workers(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    setup = checked(racing_config, tmp_path)
+    whole = start(setup, pool_of(1), Quiet(), "whole")
+    with pytest.raises(InterruptedRun):
+        start(setup, pool_of(2), Quiet(stop_after=33), "stopped")
+    folder = RunFolder(whole.folder.path.parent / "stopped")
+    resume(folder, pool_of(2), Quiet())
+    assert contents(folder) == contents(whole.folder)
