@@ -12,7 +12,7 @@ import yaml
 
 from search.budget import Used
 from search.config import load_config
-from search.errors import InterruptedRun
+from search.errors import ConfigError, InterruptedRun
 from search.local_pool import LocalPool
 from search.pool import Pool, WorkerPlan
 from search.progress import Progress
