@@ -88,7 +88,8 @@ class Trial(Recorded):
         bytes_read: bytes of the models that the merge read.
         bytes_moved: bytes of messages between driver and worker.
         censored: whether it was stopped because it is worse than what it was compared with.
-        scored: items that were scored, where these are not all of the pool; metrics are then estimates for all.
+        scored: items that were scored (at most, in a failure), where these are not all of the pool; metrics are then
+            estimates for all.
     """
 
     candidate: int
