@@ -107,8 +107,10 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
     if cost["limits"]:
         limits = ", ".join(f"{name} {limit}" for name, limit in cost["limits"].items())
         console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
+    at_most = "at most " if setup.config.search.fitness.racing else ""
     console.print(
-        f"Cost: {cost['candidates']} candidates, {cost['item evaluations']:,} item evaluations on the search items. "
+        f"Cost: {cost['candidates']} candidates, {at_most}{cost['item evaluations']:,} item evaluations on the search "
+        "items. "
         f"{'The config is sound' if memory.fits else 'It does not fit'}; nothing was spent.",
         soft_wrap=True,
     )
