@@ -220,11 +220,13 @@ class Population:
         return replace(outcome, metrics=self._fitness.estimated(outcome.metrics, outcome.scores))
 
     def scored(self, outcome: Outcome) -> int | None:
-        """How many items were scored, where these are not all of the search items."""
-        fitness = self._fitness
-        if fitness is None or outcome.items != "search" or not outcome.scores or fitness.is_whole(outcome.scores):
+        """How many search items were scored, at most for a failure; None where all may have been."""
+        fitness, race = self._fitness, self._candidates[outcome.candidate].race
+        if fitness is None or race is None or outcome.items != "search":
             return None
-        return sum(len(block.items) for block in outcome.scores.values())
+        # Nobody knows how far a failed one came.
+        count = sum(len(block.items) for block in outcome.scores.values()) if outcome.scores else race.items
+        return None if count == fitness.ladder.items else count
 
     @property
     def items_spent(self) -> tuple[int, int] | None:
