@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,11 +15,13 @@ from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
 from search.local_pool import LocalPool
+from search.optimizers.natural_niches import NaturalNiches
 from search.pool import Pool, WorkerPlan
 from search.progress import Progress
-from search.run import resume, start
-from search.setup import Setup, check
-from search.store.events import Trial
+from search.replay import replay_ordered
+from search.run import make_population, resume, start
+from search.setup import Setup, check, window
+from search.store.events import Ask, Trial
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 
@@ -117,3 +120,26 @@ def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dic
     racing_config["objectives"]["terms"][0] = "python.perplexity"
     with pytest.raises(ConfigError, match=r"'python.perplexity' has no value per item.*use python.nll"):
         checked(racing_config, tmp_path)
+
+
+def test_natural_niches_race_with_members_that_were_scored_on_different_items(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["search"]["optimizer"] = {"name": "natural_niches", "archive": 6}
+    racing_config["search"]["fitness"]["precision"] = 0.15
+    setup = checked(racing_config, tmp_path)
+    found = start(setup, pool_of(1), Quiet())
+    events = list(found.folder.events())
+    population = make_population(setup, window(setup.config))
+    assert not replay_ordered(events, population, window(setup.config))
+    niches = population._optimizer
+    assert isinstance(niches, NaturalNiches)
+    searched = {
+        tuple(event.genome): event.candidate for event in events if isinstance(event, Ask) and event.genome is not None
+    }
+    inside = [searched[tuple(member.point)] for member in niches.members if tuple(member.point) in searched]
+    assert len(niches.members) == 6
+    assert len(inside) >= 4
+    trials = {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
+    assert not any(trials[candidate].scored is None for candidate in inside), "none of them was scored on all items"
+    assert len({int(np.isfinite(member.row).sum()) for member in niches.members}) > 1
