@@ -287,6 +287,8 @@ class Evaluation:
         try:
             with torch.no_grad():
                 for name in items:
+                    if rung and not items[name]:
+                        continue  # it has few, and all of them were scored in the first part
                     evaluator = self._evaluators[name]
                     watch.allowed = evaluator.plain_forward
                     # The same draws for every candidate: they are compared with each other.

@@ -31,6 +31,7 @@ from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
 from search.racing.fitness import Fitness
+from search.recipe import Recipe
 from search.reopening import load_setup
 from search.replay import replay_ordered
 from search.report import write_report
@@ -120,9 +121,14 @@ def resume(
     return _carry_on(setup, folder, make_pool, watcher, budget or {}, places, arms)
 
 
-def make_population(setup: Setup, in_flight: int) -> Population:
-    """The population of a run, fresh."""
+def make_population(setup: Setup, in_flight: int, worker_seed: int | None = None) -> Population:
+    """The population of a run, fresh.
+
+    Args:
+        worker_seed: seed of the workers, who put the items of a race in order by it; by default that of the config.
+    """
     search = setup.config.search
+    items_by = setup.config.seed if worker_seed is None else worker_seed
     return Population(
         setup.space,
         setup.objective,
@@ -133,9 +139,7 @@ def make_population(setup: Setup, in_flight: int) -> Population:
         seed=setup.config.seed,
         step=search.optimizer.step,
         baselines_only=search.baselines_only,
-        fitness=Fitness(search.fitness, setup.evaluators, setup.config.seed, in_flight)
-        if search.fitness.racing
-        else None,
+        fitness=Fitness(search.fitness, setup.evaluators, items_by, in_flight) if search.fitness.racing else None,
     )
 
 
@@ -205,7 +209,7 @@ def _carry_on(
             failed=seen.failed,
             spending=Spending(budget, items, cluster.gpus_per_worker, used.gpu_hours, lambda: sessions.search_seconds),
             recorded=seen.recorded,
-            prefix=Prefixes(tensor for group in setup.space.groups for tensor in group.tensors).of,
+            prefix=_prefixes(setup),
         )
         seen.know(driver.trials.values(), {candidate.id: candidate.origin for candidate in population.candidates})
         try:
@@ -216,7 +220,7 @@ def _carry_on(
             if ended is None or (
                 ended.candidates_searched and {*setup.config.certify.arms} - {arm.name for arm in ended.arms}
             ):
-                drive = partial(_drive_arm, in_flight, items, progress, stop, seen.failed)
+                drive = partial(_drive_arm, in_flight, items, setup.config.seed, progress, stop, seen.failed)
                 beside = Arms(setup, folder.arms, drive, workers.get, seen.line, driver)
                 used = Used.of(history.events(), sessions, items)
                 compare = partial(beside.run, used.item_evaluations)
@@ -242,6 +246,7 @@ def _carry_on(
 def _drive_arm(
     in_flight: int,
     items: int,
+    worker_seed: int,
     progress: Callable[[Progress], None],
     stop: Callable[[], bool],
     failed: Callable[[Outcome], None],
@@ -260,7 +265,7 @@ def _drive_arm(
         progress(replace(state, arm=name))
 
     return Driver(
-        make_population(setup, in_flight),
+        make_population(setup, in_flight, worker_seed),
         history,
         Spool(spool),
         pool,
@@ -269,7 +274,13 @@ def _drive_arm(
         stop=stop,
         failed=failed,
         spending=Spending(budget, items, setup.config.cluster.gpus_per_worker),
+        prefix=_prefixes(setup),
     )
+
+
+def _prefixes(setup: Setup) -> Callable[[Recipe], tuple[int, ...]]:
+    """See `Job.prefix`."""
+    return Prefixes(tensor for group in setup.space.groups for tensor in group.tensors).of
 
 
 class _Workers:
@@ -396,7 +407,7 @@ def export_trial(
         watcher.line(picked.sentence)
         trial = picked.candidate
     if trial is None:
-        trial = ended.winner if ended is not None else _best_so_far(trials, folder)
+        trial = ended.winner if ended is not None else _best_so_far(trials, population, folder)
     if not 0 <= trial < len(population.candidates):
         raise UserError(
             f"run {folder.name} has no trial {trial}; it has 0 to {len(population.candidates) - 1}"
@@ -409,10 +420,10 @@ def export_trial(
     return candidate
 
 
-def _best_so_far(trials: Mapping[Key, Trial], folder: RunFolder) -> int:
+def _best_so_far(trials: Mapping[Key, Trial], population: Population, folder: RunFolder) -> int:
     usable = [
         t for t in trials.values() if t.items == "search" and t.feasible and t.loss is not None and not t.censored
     ]
     if not usable:
         raise UserError(f"run {folder.name} has no feasible trial yet; name one with --trial")
-    return min(usable, key=lambda t: (t.loss, t.candidate)).candidate
+    return min(usable, key=lambda t: (population.cautious(t.candidate, t.loss or 0.0), t.candidate)).candidate

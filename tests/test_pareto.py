@@ -16,16 +16,21 @@ from evaluators.base import Metric, Options
 from evaluators.efficiency.cost import Cost
 from search.config import Constraint, ObjectivesConfig
 from search.errors import UserError
+from search.finals import Row
 from search.genome import Gene
 from search.objective import make_objective
 from search.optimizer import Problem, Result
 from search.optimizers import optimizer_named
 from search.optimizers.nsga2 import Nsga2
 from search.pareto.dominance import crowding, front, ranks, spread
+from search.pareto.finals import front_sentence
 from search.pareto.front import Front, FrontPoint, FrontTracker, front_of
 from search.pareto.hypervolume import hypervolume, reference_point
 from search.pareto.knee import knee
 from search.pareto.pick import choose, parse_pick, resolve
+from search.pareto.recorded import pick_trial
+from search.population import Candidate
+from search.recipe import ModelRef, Recipe, Rule
 from search.store.events import Trial
 
 Point = tuple[float, ...]
@@ -185,6 +190,46 @@ def test_the_front_that_is_followed_is_that_of_all_trials(rows: list[tuple[int, 
     expected = front_of(trials, tracker.objective, origins, "search")
     assert tracker.front() == expected
     assert tracker.hypervolume == pytest.approx(expected.hypervolume())
+
+
+def test_what_a_race_stopped_is_on_no_front_and_what_it_estimated_is_said() -> None:
+    terms = ObjectivesConfig.model_validate({"terms": ["e.a", "e.b"], "search": "pareto", "normalize": "none"})
+    directions = {name: Metric("minimize") for name in ("e.a", "e.b")}
+    objective = make_objective(terms, [], directions)
+    rows = [(0, 4, False), (4, 0, False), (1, 1, True), (2, 2, False)]
+    trials = [
+        Trial(id_, "search", {"e.a": float(a), "e.b": float(b)}, censored=stopped, scored=20 if id_ > 1 else None)
+        for id_, (a, b, stopped) in enumerate(rows)
+    ]
+    origins = {0: "parent:x", 1: "parent:y", 2: "search", 3: "search"}
+    found = front_of(trials, objective, origins, "search")
+    assert {point.candidate for point in found.points} == {0, 1, 3}
+    tracker = FrontTracker(objective, parents=2)
+    for trial in trials:
+        tracker.note(trial, origins[trial.candidate])
+    assert tracker.hypervolume == found.hypervolume()
+    models = {"base": ModelRef(path="/base")}
+    recipe = Recipe(base="base", models=models, rules=(Rule(operator="linear", sources={"base": {"weight": 1.0}}),))
+    candidates = [Candidate(id_, origin, recipe) for id_, origin in origins.items()]
+    picked = pick_trial("a <= 3, min b", trials, objective, directions, candidates)
+    assert picked.candidate == 3
+    assert "on the search items, estimated from 20 of them" in picked.sentence
+    assert "estimated" not in pick_trial("min b", trials, objective, directions, candidates).sentence
+
+
+def test_a_candidate_of_another_search_with_the_number_of_the_winner_is_not_the_winner() -> None:
+    terms = ObjectivesConfig.model_validate({"terms": ["e.a", "e.b"], "search": "pareto", "normalize": "none"})
+    objective = make_objective(terms, [], {name: Metric("minimize") for name in ("e.a", "e.b")})
+
+    def row(label: str, candidate: int, a: float, b: float, arm: str = "") -> Row:
+        return Row(label, candidate, (a + b) / 2, 0.0, 0.0, {"e.a": a, "e.b": b}, arm=arm)
+
+    rows = [row("placebo", 7, 9, 9, "placebo"), row("base", 3, 5, 5), row("random_search", 3, 1, 1, "random_search")]
+    said = front_sentence(objective, [*rows, row("found merge (trial 7)", 7, 2, 3)], 7, "Chosen.")
+    assert "it is dominated by random_search:" in said
+    assert "e.a 2.0000 (best of the others 1.0000, random_search)" in said
+    said = front_sentence(objective, [rows[0], rows[1], row("found merge (trial 7)", 7, 2, 3)], 7, "Chosen.")
+    assert "it dominates 2 of 2" in said
 
 
 def test_layers_that_repeat_cost_layers_but_no_parameters() -> None:

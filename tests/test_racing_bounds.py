@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,44 @@ def test_the_ladder_is_nested_takes_something_of_everyone_and_ends_with_all() ->
     for before, after in itertools.pairwise(sizes):
         assert all(after[name] > before[name] for name in before)
     assert Ladder.of({"a": 4}, FitnessConfig(smallest=5)).rungs == (4,)
+
+
+def test_evaluators_with_few_items_are_scored_whole_on_every_rung_and_the_others_are_raced() -> None:
+    ladder = Ladder.of({"size": 1, "few": 8, "a": 100, "b": 200}, FitnessConfig(smallest=8))
+    sizes = [ladder.sizes(rung) for rung in range(len(ladder.rungs))]
+    assert sizes[0] == {"size": 1, "few": 8, "a": 8, "b": 16}
+    assert all((size["size"], size["few"]) == (1, 8) for size in sizes)
+    assert sizes[-1] == {"size": 1, "few": 8, "a": 100, "b": 200}
+    assert Ladder.of({"size": 1, "few": 8}, FitnessConfig(smallest=8)).sizes(0) == {"size": 1, "few": 8}
+
+
+@pytest.mark.parametrize("low", [None, -1.0])
+def test_what_is_known_of_one_item_counts_in_a_race_and_misleads_nobody(low: float | None) -> None:
+    generator, total, runs = np.random.default_rng(5), 200, 400
+    stopped = caught = 0
+    sizes = (20, 40, 80, 160, 200)
+    rungs = tuple({"a": size, "size": 1} for size in sizes)
+    other = (generator.random(total) < 0.6).astype(float)
+    against = replace(
+        reference(total, {"a": other, "size": np.array([0.5])}, low),
+        coefficients={"a": {"loss": 1.0}, "size": {"loss": 1.0}},
+        totals={"a": total, "size": 1},
+    )
+
+    def race(own: np.ndarray, size: float) -> bool:
+        order = generator.permutation(total)
+        drawn = Race(rungs, replace(against, influence={"a": other[order], "size": np.array([0.5])}))
+        scores = [{"a": scores_of(own[order][:seen]), "size": scores_of(np.array([size]))} for seen in sizes]
+        return any(drawn.stops(rung, one) for rung, one in enumerate(scores))
+
+    equal = other.copy()
+    equal[np.flatnonzero(other == 0)[:30]] = 1.0  # worse by 0.15 on the items, as much better in size
+    for _ in range(runs):
+        stopped += race(equal, 0.35)
+        caught += race(other, 0.9)
+    share, slack = rate(stopped, runs)
+    assert share <= ALPHA + slack
+    assert caught > 0.9 * runs
 
 
 def test_the_order_of_items_depends_on_seed_name_and_ids_and_not_on_how_they_are_listed() -> None:

@@ -21,7 +21,8 @@ from search.progress import Progress
 from search.replay import replay_ordered
 from search.run import make_population, resume, start
 from search.setup import Setup, check, window
-from search.store.events import Ask, Trial
+from search.store.events import Ask, Event, Trial
+from search.store.history import History
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 
@@ -114,6 +115,45 @@ def test_the_history_is_the_same_after_a_stop_and_on_more_workers(
     folder = RunFolder(whole.folder.path.parent / "stopped")
     resume(folder, pool_of(2), Quiet())
     assert contents(folder) == contents(whole.folder)
+
+
+def test_another_search_takes_over_what_was_scored_and_estimates_it_alike(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["evaluators"]["cost"] = {"use": "cost"}
+    racing_config["objectives"]["terms"].append("cost.layers")
+    racing_config["search"] |= {"budget": 30, "baselines": ["uniform_soup", "task_arithmetic"]}
+    finished = start(checked(racing_config | {"certify": {"random_search": True}}, tmp_path), pool_of(1), Quiet())
+    arm = finished.folder.arms / "random_search" / "history"
+    with History.open(arm, writable=False) as history:
+        theirs, asked = searched(history.events()), history.events()
+    ours = searched(finished.folder.events())
+    origins = {event.candidate: event.origin for event in asked if isinstance(event, Ask)}
+    shared = [candidate for candidate, origin in origins.items() if origin != "search"]
+    assert [c for c in shared if ours[c].scored is not None], "of the baselines some are estimated"
+    for candidate in shared:
+        assert (theirs[candidate].metrics, theirs[candidate].scored) == (
+            ours[candidate].metrics,
+            ours[candidate].scored,
+        )
+    # An evaluator of one item is scored with everyone, and keeps nobody from being raced.
+    assert any(t.scored is not None and t.scored < 3 * 48 / 2 for t in ours.values())
+    assert {len(t.scores["cost"].items) for t in ours.values()} == {1}
+    main, arm_used = (
+        Used.of(events, Sessions(tmp_path / "none"), 3 * 48 + 1).item_evaluations
+        for events in (finished.folder.events(), asked)
+    )
+    assert arm_used <= main
+
+
+def searched(events: list[Event]) -> dict[int, Trial]:
+    return {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
+
+
+def test_a_front_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:
+    racing_config["objectives"]["search"] = "pareto"
+    with pytest.raises(ConfigError, match=r"search.yaml:\d+:\d+: search.fitness.racing: a race stops what has a worse"):
+        checked(racing_config, tmp_path)
 
 
 def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def verdict_table(verdict: Verdict, width: int) -> Table:
     for row, cells in zip(verdict.rows, rows, strict=True):
         table.add_row(
             *(cells[index] for index in shown),
-            style="bold" if row.candidate == verdict.winner else None,
+            style="bold" if row.candidate == verdict.winner and not row.arm else None,
             end_section=row is verdict.rows[-2] if len(verdict.rows) > 1 else False,
         )
     if len(shown) < len(heads):

@@ -70,21 +70,21 @@ def choose_from_front(driver: Driver, selected: Mapping[int, Trial]) -> Chosen |
 
 def front_sentence(objective: Objective, rows: Sequence[Row], winner: int, how: str) -> str:
     """What the certify items say of the chosen point, term by term: the table compares weighted means only."""
-    own = next(row for row in rows if row.candidate == winner)
-    others = [row for row in rows if row.candidate != winner and row.feasible]
-    losses = {row.candidate: objective.losses(row.metrics) for row in (own, *others)}
-    above = [row.label for row in others if _dominates(losses[row.candidate], losses[winner])]
-    below = sum(_dominates(losses[winner], losses[row.candidate]) for row in others)
+    own = next(row for row in rows if row.candidate == winner and not row.arm)
+    others = [row for row in rows if row is not own and row.feasible]
+    ours, theirs = objective.losses(own.metrics), [objective.losses(row.metrics) for row in others]
+    above = [row.label for row, losses in zip(others, theirs, strict=True) if _dominates(losses, ours)]
+    below = sum(_dominates(ours, losses) for losses in theirs)
     if above:
         stands = f"it is dominated by {', '.join(above)}: no better in any term, and worse in at least one"
     else:
-        stands = f"no parent and no baseline dominates it, and it dominates {below} of {len(others)}"
+        stands = f"nothing that it is compared with dominates it, and it dominates {below} of {len(others)}"
     terms = []
     for index, term in enumerate(objective.terms):
         text = f"{term.metric} {own.metrics[term.metric]:.4f}"
         if others:
-            best = min(others, key=lambda row: losses[row.candidate][index])
-            text += f" (best of the others {best.metrics[term.metric]:.4f}, {best.label})"
+            best = min(range(len(others)), key=lambda row: theirs[row][index])
+            text += f" (best of the others {others[best].metrics[term.metric]:.4f}, {others[best].label})"
         terms.append(text)
     return f"{how} On the certify items {stands}. Term by term: {'; '.join(terms)}."
 

@@ -65,7 +65,7 @@ def losses_of(points: Iterable[FrontPoint], terms: int) -> Losses:
 def feasible_points(
     trials: Iterable[Trial], objective: Objective, origins: Mapping[int, str], items: ItemPool
 ) -> list[FrontPoint]:
-    """The trials on a pool of items that keep the constraints, by candidate.
+    """The trials on a pool of items that keep the constraints, by candidate; without those that a race stopped.
 
     Args:
         objective: with normalisation fixed.
@@ -74,7 +74,9 @@ def feasible_points(
     found = [
         FrontPoint(trial.candidate, origins.get(trial.candidate, ""), objective.losses(trial.metrics), trial.metrics)
         for trial in trials
-        if trial.items == items and not trial.failure_kind and objective.judge(trial.metrics).feasible
+        if trial.items == items
+        and not (trial.failure_kind or trial.censored)
+        and objective.judge(trial.metrics).feasible
     ]
     return sorted(found, key=lambda point: point.candidate)
 
@@ -151,7 +153,7 @@ class FrontTracker:
         return Front("search", metrics, tuple(sorted(self._points, key=lambda p: p.losses)), self._reference)
 
     def _add(self, trial: Trial, origin: str) -> None:
-        if trial.failure_kind or not self.objective.judge(trial.metrics).feasible:
+        if trial.failure_kind or trial.censored or not self.objective.judge(trial.metrics).feasible:
             return
         losses = self.objective.losses(trial.metrics)
         known = losses_of(self._points, len(losses))

@@ -82,9 +82,15 @@ def pick_trial(
     names = [*(bound.metric for bound in pick.bounds), *([pick.metric] if pick.metric else front.metrics)]
     sentence = (
         f"picked trial {point.candidate} ({point.origin}) of {len(front.points)} on the front: "
-        f"{values(point.metrics, names)} on the {items} items"
+        f"{values(point.metrics, names)} on {_seen(known, point.candidate, items)}"
     )
     return Picked(point.candidate, sentence)
+
+
+def _seen(trials: Iterable[Trial], candidate: int, items: ItemPool) -> str:
+    """What the metrics of a candidate are of."""
+    scored = next(trial.scored for trial in trials if trial.candidate == candidate and trial.items == items)
+    return f"the {items} items" + ("" if scored is None else f", estimated from {scored} of them")
 
 
 def _on_search_items(front: Front, pick: Pick) -> str:

@@ -32,7 +32,8 @@ class Prefixes:
 
         Equal in one process only.
         """
-        common = (recipe.base, recipe.seed, recipe.dtype)
+        placebos = tuple((n, ref.random_delta) for n, ref in recipe.models.items() if ref.random_delta is not None)
+        common = (recipe.base, recipe.seed, recipe.dtype, placebos)
         found: list[int] = []
         last = hash(common)
         if recipe.layers is not None:  # which layers run tells paths apart; their merges are mostly the same

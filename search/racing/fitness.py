@@ -175,8 +175,10 @@ class Fitness:
             weights = self._strata[name].weights
             weights = np.ones(self.ladder.totals[name]) if weights is None else weights
             mean_weights[name] = float(weights.mean()) or 1.0
-            low -= self._range(name, factors) * float(weights.max()) / mean_weights[name]
             first = self.ladder.sizes(0)[name]
+            if first == self.ladder.totals[name]:
+                continue  # known from the start
+            low -= self._range(name, factors) * float(weights.max()) / mean_weights[name]
             variance += float(np.var(row)) / first
         return Reference(
             best.loss,

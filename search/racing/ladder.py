@@ -6,7 +6,7 @@ Every candidate of a run is scored on a prefix of the same order, so all compari
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -33,7 +33,8 @@ class Ladder:
     """The sizes of subsets that a run uses, smallest first; the last one has all items.
 
     Attributes:
-        blocks: the parts into which the order of every evaluator is cut, at least one item of each in a part.
+        blocks: the parts into which the order of every evaluator is cut, at least one item of each in a part; those
+            with fewer items are not cut, they are scored whole on every rung.
         rungs: numbers of blocks, increasing.
         totals: evaluator -> number of its items.
     """
@@ -49,8 +50,12 @@ class Ladder:
         Args:
             totals: evaluator -> number of its search items.
         """
-        blocks = min(totals.values())
-        first = max(config.first, *(min(1.0, config.smallest / total) for total in totals.values()))
+        cut = [total for total in totals.values() if total > config.smallest]
+        if not cut:
+            blocks = min(totals.values())
+            return cls(blocks, (blocks,), dict(totals))
+        blocks = min(cut)
+        first = max(config.first, config.smallest / blocks)
         rungs = [min(blocks, ceil(first * blocks - 1e-9))]
         while rungs[-1] < blocks:
             step = max(rungs[-1] + 1, ceil(rungs[-1] * config.growth - 1e-9))
@@ -60,13 +65,7 @@ class Ladder:
 
     def sizes(self, rung: int) -> dict[str, int]:
         """Evaluator -> items of a rung."""
-        return {name: self.rungs[rung] * total // self.blocks for name, total in self.totals.items()}
-
-    @property
-    def items(self) -> int:
-        """Items in all."""
-        return sum(self.totals.values())
-
-    def edges(self, evaluator: str) -> Sequence[int]:
-        """Where the blocks of an evaluator begin, and the end of the last one; (blocks + 1,)."""
-        return [block * self.totals[evaluator] // self.blocks for block in range(self.blocks + 1)]
+        return {
+            name: total if total < self.blocks else self.rungs[rung] * total // self.blocks
+            for name, total in self.totals.items()
+        }

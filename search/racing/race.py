@@ -27,8 +27,9 @@ class Reference:
         influence: evaluator -> (n,) of the reference, on the first items.
         mean_weights: evaluator -> mean weight of all its items.
         blocks, totals: how the items are cut, see `Ladder`.
-        low: smallest possible sum over evaluators of (weight / mean weight) (influence of a candidate minus that of
-            the reference), where scores are bounded; None where they are not.
+        low: smallest possible sum, over the evaluators that are not scored whole from the start, of (weight / mean
+            weight) (influence of a candidate minus that of the reference), where scores are bounded; None where they
+            are not.
         scale: of the differences that are expected, in the unit of the loss.
         alpha: probability of stopping a candidate that is not worse.
     """
@@ -46,8 +47,9 @@ class Reference:
     def loses(self, scores: Mapping[str, Scores]) -> bool:
         """Whether a candidate with these scores on the first items is worse, beyond chance.
 
-        Evaluators are independent strata. Bounded scores are tested by betting on blocks of items, which holds for any
-        sample; others by a normal mixture with the variance of the stratified mean.
+        Evaluators are independent strata; of those that were scored whole the difference is known. Bounded scores are
+        tested by betting on blocks of items, which holds for any sample; others by a normal mixture with the variance
+        of the stratified mean.
         """
         differences: dict[str, Vector] = {}
         for name, factors in self.coefficients.items():
@@ -58,28 +60,45 @@ class Reference:
             differences[name] = own - self.influence[name][: len(block.items)]
         limit = -math.log(self.alpha)
         if self.low is not None:
-            composite = self._composite(differences, scores)
-            return bool((betting_log_wealth(composite, self.low, self.blocks) >= limit).any())
+            known = sum(
+                float(scores[name].weights @ difference / (scores[name].weights.sum() or 1.0))
+                for name, difference in differences.items()
+                if self._is_whole(name, difference)
+            )
+            if self.low + known > 0:
+                return True  # whatever the other items are
+            composite = known + self._composite(differences, scores)
+            low = min(self.low + known, -1e-9 * abs(self.low))
+            return bool((betting_log_wealth(composite, low, self.blocks) >= limit).any())
         mean = variance = 0.0
         for name, difference in differences.items():
             weights, count = scores[name].weights, len(difference)
-            if weights.sum() <= 0 or count < 2:
+            if weights.sum() <= 0 or (count < 2 and not self._is_whole(name, difference)):
                 return False
             here = float(weights @ difference / weights.sum())
+            mean += here
+            if self._is_whole(name, difference):
+                continue
             around = weights / weights.mean() * (difference - here)
             # A small sample knows its variance badly: (n + 1) / (n - 1) is roughly what a t test allows for.
             spread = float(around @ around) / (count - 1) * (count + 1) / (count - 1)
             variance += (1 - count / self.totals[name]) * spread / count
-            mean += here
         return mixture_log_evidence(mean, variance, self.scale) >= limit
 
+    def _is_whole(self, name: str, difference: Vector) -> bool:
+        """Whether these are all items of an evaluator: nothing is asked after the last rung, so it has few."""
+        return len(difference) == self.totals[name]
+
     def _composite(self, differences: Mapping[str, Vector], scores: Mapping[str, Scores]) -> Vector:
-        """(blocks seen,) the sum over evaluators of their means in a block; the mean of all blocks is the difference.
+        """(blocks seen,) the sum over the evaluators that are cut of their means in a block; its mean over all is the
+        difference.
 
         Exact where the blocks of an evaluator have as many items; else those with one more are scaled like the others.
         """
         total = np.zeros(0)
         for name, difference in differences.items():
+            if self._is_whole(name, difference):
+                continue
             edges = np.arange(self.blocks + 1) * self.totals[name] // self.blocks
             seen = int(np.searchsorted(edges, len(difference), side="right")) - 1
             weighted = scores[name].weights / self.mean_weights[name] * difference
