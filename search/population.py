@@ -229,7 +229,7 @@ class Population:
             return None
         # Nobody knows how far a failed one came.
         count = sum(len(block.items) for block in outcome.scores.values()) if outcome.scores else race.items
-        return None if count == fitness.ladder.items else count
+        return None if count == sum(fitness.ladder.totals.values()) else count
 
     @property
     def items_spent(self) -> tuple[int, int] | None:
