@@ -18,7 +18,7 @@ from cluster.sending import Sender, ShardMode
 from cluster.shards import shard_refs
 from cluster.slot import Slot
 from cluster.worker import THREAD_VARIABLES, Surroundings, actor_class
-from search.config import can_be_reserved
+from search.cluster_config import can_be_reserved
 from search.errors import UserError, WorkerError
 from search.local_pool import one_line
 from search.outcome_check import LINE_CHARACTERS, printable

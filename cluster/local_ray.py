@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.access import asks_for_token, ensure_token, on_loopback, only_on_loopback, refusal, require_head
-from search.config import is_head_address
+from search.cluster_config import is_head_address
 from search.errors import UserError, WorkerError
 from search.run_log import emit
 

@@ -22,6 +22,7 @@ from search.errors import RunError
 from search.extension import items_per_candidate
 from search.finals import ArmResult, Rival, best_of, best_of_families, best_searched
 from search.optimizers import optimizer_named
+from search.pareto.finals import choose_from_front, front_finalists
 from search.pool import Job, Outcome, Pool
 from search.population import BASE_LABEL, SEARCHED, Candidate
 from search.recipe import ModelRef
@@ -146,7 +147,10 @@ def with_arms(setup: Setup, folder: Path, asked: Iterable[str]) -> Setup:
 def _certified(driver: Driver, name: ArmName, finalists: int) -> tuple[Rival, ...]:
     """What the winner is compared with, chosen on the select items as the winner is."""
     baselines = [c for c in driver.population.candidates if c.genome is None and not c.step]
-    entrants: list[Candidate] = [] if name == "standard" else best_searched(driver, finalists)
+    pareto = driver.population.objective.pareto
+    entrants: list[Candidate] = []
+    if name != "standard":
+        entrants = (front_finalists if pareto else best_searched)(driver, finalists)
     if name != "random_search":  # which shares generation 0 with the search: its baselines have rows of their own
         entrants += baselines
     if name == "standard":
@@ -154,6 +158,9 @@ def _certified(driver: Driver, name: ArmName, finalists: int) -> tuple[Rival, ..
     selected = {trial.candidate: trial for trial in driver.score(entrants, "select")}
     if name == "standard":
         chosen = best_of_families(driver, entrants, selected)
+    elif pareto:
+        point = choose_from_front(driver, selected)
+        chosen = [] if point is None else [point.candidate]
     else:
         best = best_of(driver, entrants, selected)
         chosen = [] if best is None else [best]

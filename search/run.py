@@ -40,11 +40,12 @@ from search.stopping import stop_requests
 from search.store.atomic import disk_is_full
 from search.store.events import End, Event, Trial
 from search.store.history import History
-from search.store.remote import is_url, mirrored
+from search.store.remote import mirrored
 from search.store.remote_run import create_remote
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.store.spool import Spool
+from search.store.urls import is_url
 from search.worker_plan import worker_plan
 
 __all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]

@@ -34,7 +34,7 @@ from search.run_log import emit
 from search.sources import merged_dtype, view_models
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
-from search.store.remote import is_url
+from search.store.urls import is_url
 from search.tracker import complete_options, tracker_faults
 from search.yaml_source import Location
 

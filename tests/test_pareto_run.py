@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import yaml
 from command_line import meiosis
 from family import config_of, family  # noqa: F401 - a fixture
 
+from evaluators.base import Metric
+from search.config import ObjectivesConfig
+from search.objective import make_objective
+from search.pareto.front import front_of
+from search.pareto.pick import choose, parse_pick
 from search.store.events import End, Trial
+from search.store.history import History
 from search.store.run_folder import RunFolder
 
 TERMS = ["python.nll", "english.nll", "cost.layers"]
@@ -164,3 +171,19 @@ def test_a_pick_of_a_config_is_checked_before_anything_is_spent(family: Path, tm
     done = meiosis("search", tmp_path / "search.yaml")
     assert "objectives.pick: no evaluator gives 'layerss'; did you mean 'layers'" in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_random_search_beside_a_front_chooses_its_point_as_the_main_search_does(run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "front")
+    ended = meiosis("certify", "front", "--results", tmp_path, "--arms", "random_search", "--json")
+    assert ended.status == 0, ended.err
+    (row,) = [row for row in ended.json["verdict"]["rows"] if row["arm"] == "random_search"]
+    with History.open(tmp_path / "front" / "arms" / "random_search" / "history", writable=False) as history:
+        seen = {e.candidate: e for e in history.events() if isinstance(e, Trial) and e.items == "select"}
+    origins = {id_: "search" for id_ in seen}
+    directions = {name: Metric("minimize") for name in TERMS}
+    objective = make_objective(ObjectivesConfig.model_validate({"search": "pareto", "terms": TERMS}), [], directions)
+    parents = [trials(run, "search")[id_].metrics for id_ in (0, 1, 2)]
+    points = front_of(seen.values(), objective.against(parents), origins, "select")
+    assert row["candidate"] == choose(points, parse_pick("knee")).candidate
+    assert "Term by term:" in ended.json["verdict"]["sentence"]

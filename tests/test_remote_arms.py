@@ -11,9 +11,10 @@ from history_bodies import event, events, open_small
 from search.errors import RunError
 from search.store.events import Event, Trial
 from search.store.history import History
-from search.store.remote import Mirror, Store, download_run, mirrored
+from search.store.remote import Mirror, download_run, mirrored
 from search.store.remote_run import fetch, working_root
 from search.store.spool import Spool
+from search.store.urls import Store
 
 ARM = "arms/placebo"
 

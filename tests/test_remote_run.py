@@ -19,10 +19,11 @@ from search.errors import RunError, UserError
 from search.store import remote
 from search.store.events import Trial
 from search.store.history import History, digest
-from search.store.remote import DRIVER, Mirror, Store, download_run, mirrored
+from search.store.remote import DRIVER, Mirror, download_run, mirrored
 from search.store.remote_run import fetch, working_root
 from search.store.run_folder import RunFolder
 from search.store.spool import Spool
+from search.store.urls import Store
 
 
 @pytest.fixture(autouse=True)

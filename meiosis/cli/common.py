@@ -120,8 +120,8 @@ def _folder(context: click.Context, parameter: click.Parameter, value: Path) -> 
 
 def find_run(results: Path, run: str) -> RunFolder:
     """The run of that name, at that path, or at that URL, from which it is brought here."""
-    from search.store.remote import is_url
     from search.store.run_folder import RunFolder
+    from search.store.urls import is_url
 
     if is_url(run):
         from search.store.remote_run import fetch

@@ -38,7 +38,7 @@ def command(run: str | None, watch: bool, every: float, results: Path, as_json: 
     if watch:
         from evaluators.errors import UserError
         from meiosis.cli.watch_run import watch_run
-        from search.store.remote import is_url
+        from search.store.urls import is_url
 
         if run is None:
             names = ", ".join(folder.name for folder in RunFolder.list_runs(results))

@@ -11,8 +11,9 @@ from uuid import uuid4
 
 from search.checkpoints.fingerprint_cache import cache_folder
 from search.errors import RunError, UserError
-from search.store.remote import Store, contents_of, different_ways, download_run
+from search.store.remote import contents_of, different_ways, download_run
 from search.store.run_folder import CONFIG, RunFolder
+from search.store.urls import Store
 
 
 def working_root(url: str) -> Path:
