@@ -81,10 +81,10 @@ def show(finished: Finished, as_json: bool) -> None:
     console = out()
     console.print(verdict_table(finished.verdict, console.width))
     console.print(finished.verdict.sentence(), soft_wrap=True)
+    console.print(f"Exported model: {finished.model}", soft_wrap=True)
+    console.print(f"Report: {finished.folder.report}", soft_wrap=True)
     if finished.verdict.missing:
         arms = f"meiosis certify {finished.folder.address}"
         console.print(f"To compare it with what is missing: {arms}", soft_wrap=True)
-    console.print(f"Exported model: {finished.model}", soft_wrap=True)
-    console.print(f"Report: {finished.folder.report}", soft_wrap=True)
     if finished.folder.remote is not None:
         console.print(f"All of it is at {finished.folder.remote} as well.", soft_wrap=True)

@@ -27,9 +27,9 @@ def tracked_front(
         origins: candidate -> origin.
     """
     config = manifest["config"]
-    objectives = ObjectivesConfig.model_validate(config["objectives"])
-    if objectives.search != "pareto":
+    if config.get("objectives", {}).get("search") != "pareto":  # runs of earlier versions do not say
         return None
+    objectives = ObjectivesConfig.model_validate(config["objectives"])
     metrics = {name: Metric(direction) for name, direction in manifest["directions"].items()}
     constraints = [Constraint.model_validate(constraint) for constraint in config.get("constraints", ())]
     found = FrontTracker(make_objective(objectives, constraints, metrics), len(config["models"]["sources"]))
