@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.errors import UserError, nearest
 from evaluators.item_files import Item
+from evaluators.npz import read_arrays
 
 Image = NDArray[np.uint8]
 """(height, width, channels) with 1 channel (gray) or 3 (red, green, blue)."""
@@ -56,7 +54,7 @@ class ImageReader:
             raise UserError(f"exclude: no picture of the data matches '{self._unused[0]}'; correct it or remove it")
 
     def _npz(self, path: Path, name: str) -> list[Item]:
-        x, y = _arrays(path)
+        x, y = read_arrays(path, ("x", "y"), "images 'x' and labels 'y'")
         if x.dtype != np.uint8:
             raise UserError(f"{path}: images 'x' are {x.dtype}, expected uint8 from 0 to 255; convert them")
         if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)) or 0 in x.shape[1:]:
@@ -119,22 +117,6 @@ class ImageReader:
         pixels = hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
         self.images[id_] = image
         return Item(id_, pixels, where, {"image": pixels, "label": label})
-
-
-def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The arrays `x` and `y` of an .npz file."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, Mapping):
-                raise UserError(f"{path}: a single array, expected an .npz file with images 'x' and labels 'y'")
-            for key in ("x", "y"):
-                if key not in arrays:
-                    names = ", ".join(map(repr, arrays)) or "none"
-                    raise UserError(f"{path}: no array '{key}'; expected images 'x' and labels 'y', found {names}")
-            return arrays["x"], arrays["y"]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a readable .npz file, maybe it was cut short ({reason})") from error
 
 
 def _picture(file: Path) -> Image:

@@ -57,6 +57,13 @@ class ClusterConfig(BaseModel):
         "others that share their first layers; 0: none. By default half of what its node has left beside workers and "
         "models, at most 4. Scores do not depend on it",
     )
+    candidates_per_forward: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="for small models: so many candidates go through one forward pass of likelihood evaluators, which "
+        "takes the memory of as many models; part of the run, the last bits of scores depend on it; pool: local only",
+    )
     check_memory: bool = Field(True, description="whether what does not fit into memory is refused before it starts")
     trial_seconds: float = Field(3600, gt=0, description="time limit of one evaluation; kept by the Ray pool")
 
@@ -80,6 +87,8 @@ class ClusterConfig(BaseModel):
             raise ValueError("pool: local knows no address and no gpus_per_worker; use pool: ray, or leave them out")
         if self.pool == "local" and self.shards == "copy":
             raise ValueError("pool: local copies nothing; use pool: ray, or leave shards out")
+        if self.candidates_per_forward > 1 and self.pool != "local":
+            raise ValueError("candidates_per_forward above 1 needs pool: local; workers on Ray take one at a time")
         if self.gpus_per_worker > 1 and self.device.startswith("cuda:"):
             raise ValueError(
                 f"device: {self.device} is one GPU and gpus_per_worker is {self.gpus_per_worker:g}; write device: cuda"

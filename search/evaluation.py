@@ -286,15 +286,16 @@ class Evaluation:
         self._changed = True
         try:
             with torch.no_grad():
-                for name, evaluator in self._evaluators.items():
+                for name in items:
                     if rung and not items[name]:
                         continue  # it has few, and all of them were scored in the first part
+                    evaluator = self._evaluators[name]
                     watch.allowed = evaluator.plain_forward
                     # The same draws for every candidate: they are compared with each other.
                     purpose = ("evaluator", name, rung) if rung else ("evaluator", name)
                     with seeded(derive_seed(self._seed, *purpose), *self._devices):
                         scores = Scores.join(list(evaluator.evaluate(model, items[name])))
-                    found[name] = _complete(name, scores, items[name])
+                    found[name] = complete(name, scores, items[name])
                     model.eval()
                     self._changed = model_state(model) != state
                     if self._changed:
@@ -381,7 +382,7 @@ def _in_order(scores: Scores, items: Sequence[str]) -> Scores:
     )
 
 
-def _complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:
+def complete(name: str, scores: Scores, items: Sequence[str]) -> Scores:
     """The scores, if they are those of the items asked for.
 
     Raises:

@@ -7,6 +7,7 @@ worker: how it is found, and what becomes of what it raises.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import platform
 import time
@@ -14,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from evaluators.base import ItemPool
 from search.outcome_check import checked
@@ -22,6 +23,16 @@ from search.pool import Failure, Job, Outcome, WorkerPlan
 from search.run_log import emit
 
 DEFAULT_BODY = "search.evaluation:Evaluation"
+SEVERAL_AT_ONCE = "search.batch_evaluation:BatchEvaluation"
+"""For plans with several candidates in a forward pass."""
+
+
+@runtime_checkable
+class TakesSeveral(Protocol):
+    """A body that evaluates several jobs at once."""
+
+    def run_many(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """The outcomes of jobs, in their order; see `Body.run`."""
 
 
 class Body(Protocol):
@@ -65,6 +76,17 @@ def run_body(body: Body, job: Job) -> Outcome:
         return failed(job, Failure("error", one_line(error), traceback.format_exc()))
 
 
+def run_bodies(body: Body, jobs: Sequence[Job]) -> list[Outcome]:
+    """Run jobs at once if the body can; see `run_body`."""
+    if len(jobs) == 1 or not isinstance(body, TakesSeveral):
+        return [run_body(body, job) for job in jobs]
+    try:
+        found = body.run_many(jobs)
+        return [checked(outcome, job) for outcome, job in zip(found, jobs, strict=True)]
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded as the failure of these trials
+        return [failed(job, Failure("error", one_line(error), traceback.format_exc())) for job in jobs]
+
+
 def failed(job: Job, failure: Failure, worker: str = "", attempts: int = 1) -> Outcome:
     """The outcome of a job that has no scores."""
     return Outcome(job.candidate, job.items, failure=failure, worker=worker, attempts=attempts)
@@ -77,7 +99,7 @@ def one_line(error: BaseException) -> str:
 
 
 class LocalPool:
-    """Runs jobs inside `wait`, one per call, in the order of submission.
+    """Runs jobs inside `wait`, one per call or as many as the body takes at once, in the order of submission.
 
     An exception that must end the program (`KeyboardInterrupt`) passes through `wait`; the job it
     hit stays queued and is run again by the next call.
@@ -95,7 +117,9 @@ class LocalPool:
         self._submitted: dict[tuple[int, ItemPool], float] = {}
         self._running = False
         began = time.perf_counter()
-        self._body: Body | None = make_body(body, plan)
+        several = body == DEFAULT_BODY and plan.candidates_per_forward > 1
+        self._at_once = plan.candidates_per_forward if several else 1
+        self._body: Body | None = make_body(SEVERAL_AT_ONCE if several else body, plan)
         took = preparation(self._body, time.perf_counter() - began)
         emit("worker_ready", worker=f"local/{os.getpid()}", node=platform.node(), **vars(took))
 
@@ -126,34 +150,39 @@ class LocalPool:
         self._submitted[job.key] = time.time()
 
     def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
-        """The outcome of the next job, run now and to its end; nothing if none is queued.
+        """The outcome of the next job, or jobs, run now and to their end; nothing if none is queued.
 
         `timeout` has no effect: a job in this process cannot be left before it ends.
         """
         if not self._queue or self._body is None:
             return ()
-        job = self._queue[0]
+        jobs = list(itertools.islice(self._queue, self._at_once))
         self._running = True
         started = time.time()
         try:
-            outcome = run_body(self._body, job)
+            outcomes = run_bodies(self._body, jobs)
         finally:
             self._running = False
-        if not self._queue or self._queue[0] is not job:  # cancelled by something that the job called
-            return ()
-        self._queue.popleft()
-        waited = max(0.0, started - self._submitted.pop(job.key, started))
-        return (
+        return tuple(
             replace(
                 outcome,
                 worker=f"local/{os.getpid()}",
                 attempts=1,
                 node=platform.node(),
                 started_at=started,
-                queue_seconds=waited,
+                queue_seconds=max(0.0, started - submitted),
                 bytes_moved=0,
-            ),
+            )
+            for job, outcome in zip(jobs, outcomes, strict=True)
+            if (submitted := self._taken(job)) is not None
         )
+
+    def _taken(self, job: Job) -> float | None:
+        """When a job that has run was submitted; None for one that was cancelled by something that it called."""
+        if not any(queued is job for queued in self._queue):
+            return None
+        self._queue.remove(job)
+        return self._submitted.pop(job.key)
 
     def cancel(self, key: tuple[int, ItemPool]) -> None:
         """Forget a job."""

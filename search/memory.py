@@ -281,10 +281,11 @@ def needs_of(setup: Setup, *, has_gpu: bool) -> Needs:
     placebos = 0
     if setup.config.certify.placebo:
         placebos = min(KEPT_PLACEBO_BYTES, 4 * sum(elements) * len(setup.config.models.sources))
+    together = cluster.candidates_per_forward
     return Needs(
         sources=sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values()),
-        live=live,
-        activations=activations,
+        live=live if together == 1 else (1 + together) * live,
+        activations=together * activations,
         merging=blocks + max(sizes),
         learning=learning,
         on_gpu=on_gpu,

@@ -39,6 +39,7 @@ class WorkerPlan:
         beside_learning: the same beside both the live model and one that learns.
         reuse_bytes: most bytes of hidden states that a worker keeps on the devices of its model, for candidates whose
             first layers are those of an earlier one; 0: none. What is computed does not depend on it.
+        candidates_per_forward: how many a worker takes at once, see `search.batched`.
         prepared_folder: node-local folder in which workers share what `Operator.prepare` computed. None
             leaves it to the pool: on Ray a folder of each node, in this process memory alone.
     """
@@ -55,6 +56,7 @@ class WorkerPlan:
     beside_live: int | None = None
     beside_learning: int | None = None
     reuse_bytes: int = 0
+    candidates_per_forward: int = 1
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class Population:
         self._candidates: list[Candidate] = []
         self._metrics: dict[int, Mapping[str, float] | None] = {}
         self._scores: dict[int, Mapping[str, Scores]] = {}
+        self._stopped: set[int] = set()
         self._labels: dict[str, int] = {}
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
@@ -173,6 +174,8 @@ class Population:
         self._metrics[candidate] = metrics
         if self._optimizer is None and metrics is not None and candidate in self._weights and not censored:
             self._scores[candidate] = scores or {}
+        if self._optimizer is None and censored:
+            self._stopped.add(candidate)
         if self.objective.needs_parents and self._parents_are_known():
             found = [metrics for id_ in self._parent_ids() if (metrics := self._metrics[id_]) is not None]
             if found:
@@ -194,8 +197,6 @@ class Population:
         if metrics is None or loss >= FAILED_LOSS:
             return Result(loss)
         violation = self.objective.violation(metrics)
-        if self._fitness is not None and censored is None:
-            scores = self._fitness.filled(scores)
         return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics)
 
     def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:
@@ -222,11 +223,13 @@ class Population:
         return replace(outcome, metrics=self._fitness.estimated(outcome.metrics, outcome.scores))
 
     def scored(self, outcome: Outcome) -> int | None:
-        """How many items were scored, where these are not all of the search items."""
-        fitness = self._fitness
-        if fitness is None or outcome.items != "search" or not outcome.scores or fitness.is_whole(outcome.scores):
+        """How many search items were scored, at most for a failure; None where all may have been."""
+        fitness, race = self._fitness, self._candidates[outcome.candidate].race
+        if fitness is None or race is None or outcome.items != "search":
             return None
-        return sum(len(block.items) for block in outcome.scores.values())
+        # Nobody knows how far a failed one came.
+        count = sum(len(block.items) for block in outcome.scores.values()) if outcome.scores else race.items
+        return None if count == sum(fitness.ladder.totals.values()) else count
 
     @property
     def items_spent(self) -> tuple[int, int] | None:
@@ -313,7 +316,7 @@ class Population:
 
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
-        ranked = sorted(self._weights, key=lambda id_: (self.objective.judge(self._metrics[id_]).loss, id_))
+        ranked = sorted(self._weights, key=lambda id_: (self.cautious(id_, self._known_loss(id_)), id_))
         starts = [genome for id_ in ranked if (genome := self._suggested(id_)) is not None]
         start = starts[0] if starts else self._space.initial()
         remaining = max(self._budget - len(self._candidates), 1)
@@ -372,7 +375,11 @@ class Population:
         id_ = self._labels.get(label)
         if id_ is None or id_ not in self._metrics or not self._parents_are_known():
             return None
-        return self.objective.judge(self._metrics[id_]).loss if not self.objective.needs_parents else float("inf")
+        return self._known_loss(id_) if not self.objective.needs_parents else float("inf")
+
+    def _known_loss(self, id_: int) -> float:
+        """The loss of a candidate of generation 0; the estimate of one that was stopped may be better than that."""
+        return self._judge(self._metrics[id_], self._candidates[id_] if id_ in self._stopped else None).loss
 
     def _metrics_of_label(self, label: str) -> Mapping[str, float] | None:
         if self._loss_of_label(label) is None:

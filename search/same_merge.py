@@ -11,12 +11,14 @@ _TOLERANCE = 1e-9
 
 
 def same_merge(first: Recipe, second: Recipe) -> bool:
-    """Whether both give every tensor the same weighted sum, up to rounding.
+    """Whether both give every tensor the same weighted sum, up to rounding, and run the same layers.
 
     Only what can be told from rules without reading a tensor: the first recipe has one rule for all tensors, and all
     rules are soups or task arithmetic. For others the answer is no.
     """
     if len(first.rules) != 1 or first.rules[0].tensors != ("*",):
+        return False
+    if (first.layers, first.scales) != (second.layers, second.scales):
         return False
     wanted = vector_weights(first.rules[0])
     return wanted is not None and all(_equal(wanted, vector_weights(rule)) for rule in second.rules)

@@ -28,6 +28,7 @@ def worker_plan(setup: Setup) -> WorkerPlan:
         beside_live=needs.beside_live if needs else None,
         beside_learning=needs.beside_learning if needs else None,
         reuse_bytes=int((cluster.reuse_gib or 0) * 2**30),
+        candidates_per_forward=cluster.candidates_per_forward,
     )
 
 

@@ -16,6 +16,7 @@ from search.objective import make_objective
 from search.optimizers import optimizer_named
 from search.pool import Failure, Job, Outcome, WorkerPlan
 from search.population import Population
+from search.racing.fitness import Fitness
 from search.recipe import ModelRef, Recipe
 from search.space import make_space
 
@@ -114,6 +115,7 @@ def population(
     normalize: str = "none",
     optimizer: str = "diagonal_cma",
     constraints: tuple[Constraint, ...] = (),
+    fitness: Fitness | None = None,
 ) -> Population:
     """A population over three sources with the loss `e.loss`."""
     models = {name: ModelRef(path=name, sha256=name) for name in ("base", *SOURCES)}
@@ -138,4 +140,5 @@ def population(
         window=window,
         seed=0,
         step=0.1,
+        fitness=fitness,
     )

@@ -66,6 +66,7 @@ def score(evaluator: Any, model: torch.nn.Module, folder: Path, pool: Any = "sea
 
 
 class ImagesContract(EvaluatorContract):
+    use = "image_classification"
     kind: ClassVar[str]
     features: ClassVar[int | None] = None
 

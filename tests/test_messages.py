@@ -77,6 +77,9 @@ def test_a_failure_and_numbers_that_are_not_finite_come_back_as_they_were() -> N
     assert (found.failure, found.merge_seconds, found.metrics) == (failed.failure, 0.5, {})
     odd = decode(encode(replace(GOOD, metrics={"e.x": float("nan"), "e.y": float("-inf")})), Outcome)
     assert checked(odd, job(3)).failure == Failure("not_finite", "e.x is nan")
+    stopped = decode(encode(replace(GOOD, censored=True)), Outcome)
+    assert isinstance(stopped, Outcome)
+    assert stopped.censored
 
 
 def test_what_a_worker_runs_and_that_it_is_there_come_back() -> None:

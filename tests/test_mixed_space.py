@@ -218,6 +218,9 @@ def test_the_same_merge_is_recognised_however_it_is_written() -> None:
     assert not expressed(
         soup_rule(("a", "b")).model_copy(update={"tensors": ("lm_head.weight",)}), {"a": 0.5, "b": 0.5}
     )
+    soup = made.recipe((soup_rule(("a", "b")),))
+    assert same_merge(soup, soup)
+    assert not same_merge(soup, made.recipe(soup.rules, ({"a": 0}, {"a": 0})))  # on a path
 
 
 def mixed_population(optimizer: str, seed: int = 0) -> Population:

@@ -25,7 +25,7 @@ CALLS = {
     "torch.load": set(),
     "torch.jit.load": set(),
     "numpy.load": set(),
-    "np.load": set(),
+    "np.load": {"evaluators/npz.py"},  # which leaves it at refusing pickled objects
     "pd.read_pickle": set(),
     "pandas.read_pickle": set(),
     "yaml.load": set(),

@@ -18,6 +18,8 @@ from worker_bodies import job
 from evaluators.base import EvaluatorSpec, Scores
 from search.outcome_check import MESSAGE_BYTES, OutcomeCheck, check_size, checked
 from search.pool import Failure, Job, Outcome
+from search.racing.ladder import item_order
+from search.racing.race import Race
 from search.store.columns import encode
 from search.store.side_files import SideFiles
 from search.trials import trial_event
@@ -211,3 +213,20 @@ def test_scores_of_other_items_evaluators_or_metrics_than_were_asked_for_are_ref
     with pytest.raises(ValueError, match="no hash of the weights, which the job asked for"):
         check(asked=replace(job(3), hash_weights=True))
     assert check(asked=replace(job(3), hash_weights=True), weights_sha256="0" * 64).failure is None
+
+
+def test_a_race_ends_on_a_rung_with_the_first_items_in_its_order(check: Callable[..., Outcome]) -> None:
+    order = item_order(0, "e", ("a", "b"))
+    raced = replace(job(3), race=Race(({"e": 1}, {"e": 2})))
+    assert check(order, raced).scores["e"].items == order
+    assert check(order[:1], raced, censored=True).censored
+    with pytest.raises(ValueError, match="carried on to the last"):
+        check(order[:1], raced)
+    with pytest.raises(ValueError, match="stopped before the last"):
+        check(order, raced, censored=True)
+    with pytest.raises(ValueError, match="the first 1 items in the order of the race"):
+        check(order[1:], raced, censored=True)
+    with pytest.raises(ValueError, match="was to be scored on all items"):
+        check(censored=True)
+    with pytest.raises(TypeError, match=r"outcome\.censored is int"):
+        check(order[:1], raced, censored=1)

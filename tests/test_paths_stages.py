@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from search.genome import Gene
-from search.optimizer import MakeOptimizer, Optimizer, Problem, Result, Vector
+from search.optimizer import LearnsFromGeneration0, MakeOptimizer, Optimizer, Problem, Result, Vector
 from search.optimizers import optimizer_named
 from search.paths.stages import in_two_stages
 
 PARAMETERS, PATH, BUDGET, WINDOW = 3, 2, 40, 4
 START = np.array([0.3, 0.4, 0.5, 0.7, 0.3])
+OURS = ("diagonal_cma", "random_search", "natural_niches", "map_elites", "nsga2")
 GENES = tuple(Gene(f"g{index}", 0.0, 1.0, float(x)) for index, x in enumerate(START))
 
 
@@ -100,3 +101,41 @@ def test_results_reach_the_search_that_asked_and_stopped_ones_are_no_best() -> N
     assert [result.loss for _, result in made[0].results] == [0.1, 0.5]
     assert [result.losses for _, result in made[1].results] == [(0.2,)]
     assert [len(point) for notes in made for point, _ in notes.results] == [PARAMETERS, PARAMETERS, PATH]
+
+
+class Members(Notes):
+    """An optimiser that starts from generation 0."""
+
+    def __init__(self, start: Vector) -> None:
+        super().__init__(start)
+        self.taken: list[Vector] = []
+
+    def take_member(self, point: Vector, result: Result) -> None:
+        self.taken.append(point)
+
+
+def test_members_of_generation_0_reach_the_first_search_and_the_second_begins_at_the_best_of_them() -> None:
+    made: list[Members] = []
+
+    def make(problem: Problem) -> Optimizer:
+        made.append(Members(problem.start))
+        return made[-1]
+
+    staged = in_two_stages(make, PARAMETERS, 0.05)(problem())
+    assert isinstance(staged, LearnsFromGeneration0)
+    best = START + np.array([0.1, 0.2, 0.3, 0.0, 0.0])
+    staged.take_member(START, Result(0.5))
+    staged.take_member(best, Result(0.2))
+    staged.take_member(START + 0.1, Result(0.1))  # on another path
+    assert np.array_equal(made[0].taken, [START[:PARAMETERS], best[:PARAMETERS]])
+    for point in [staged.ask(), staged.ask()]:
+        staged.tell_result(point, Result(0.3))  # type: ignore[attr-defined]
+    assert np.array_equal(staged.ask()[:PARAMETERS], best[:PARAMETERS])
+
+
+def test_two_stages_take_members_only_if_their_optimiser_does() -> None:
+    staged = {name: in_two_stages(optimizer_named(name), PARAMETERS, 0.5)(problem()) for name in OURS}
+    has = {name: isinstance(one, LearnsFromGeneration0) for name, one in staged.items()}
+    assert has == {name: isinstance(optimizer_named(name)(problem()), LearnsFromGeneration0) for name in OURS}
+    assert has["natural_niches"]
+    assert not has["diagonal_cma"]

@@ -67,15 +67,170 @@ def test_rows_of_the_table_are_larger_where_better_and_capacities_follow_weights
     assert scaled(np.array([row, row + np.eye(5)[1]])).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
 
 
-def test_a_candidate_without_all_items_has_no_row_and_one_with_more_has_those_of_the_first() -> None:
-    table = ItemTable((Term("e.nll", 1.0, 1),))
-    first = table.row(result({"nll": [1.0, 2.0]}, [1.0, 1.0]))
+def test_items_are_known_from_the_first_candidate_that_has_them_and_capacities_follow() -> None:
+    table = ItemTable((Term("e.nll", 1.0, 1), Term("f.nll", 3.0, 1)))
+
+    def row(items: str, values: list[float]) -> np.ndarray | None:
+        """Item `a` of e weighs 1, b 2, and so on; f has the same."""
+        scores = Scores(tuple(items), {"nll": np.array(values)}, np.array(["abcd".index(i) + 1.0 for i in items]))
+        return table.row(Result(0.0, (0.0, 0.0), scores={"e": scores, "f": scores}))
+
+    assert row("ab", [1.0, np.nan]) is None, "a score that is not finite"
+    assert len(table.capacities) == 0
+    first = row("ba", [1.0, 2.0])
     assert first is not None
-    assert table.row(result({"nll": [1.0]}, [1.0])) is None
-    more = table.row(result({"nll": [3.0, 4.0, 9.0]}, [1.0] * 3))
+    assert first.tolist() == [-1, -2, -1, -2]
+    assert table.capacities == pytest.approx(np.array([2, 1, 6, 3]) / 3 / 4)
+    fewer = row("a", [5.0])
+    assert fewer is not None
+    assert np.array_equal(fewer, [np.nan, -5, np.nan, -5], equal_nan=True)
+    more = row("adb", [3.0, 4.0, 9.0])
     assert more is not None
-    assert more.tolist() == [-3.0, -4.0]
-    assert table.row(result({"nll": [1.0, np.nan]}, [1.0, 1.0])) is None
+    assert more.tolist() == [-9, -3, -9, -3, -4, -4]
+    assert table.capacities == pytest.approx(np.array([2, 1, 6, 3, 4, 12]) / 7 / 4)
+    assert row("", []) is None, "nothing was scored"
+
+
+def test_a_term_without_values_per_item_stays_one_item() -> None:
+    table = ItemTable((Term("e.acc", 1.0, -1), Term("g.only", 1.0, 1)))
+    assert table.row(result({"acc": [1.0]}, [1.0], (0.0, 0.3))) is not None
+    known = table.row(Result(0.0, (0.0, 0.4)))
+    assert known is not None
+    assert np.array_equal(known, [np.nan, -0.4], equal_nan=True)
+
+
+Scored = dict[str, float]
+
+
+def fitness_by_hand(members: list[Scored], capacities: dict[str, float], alpha: float) -> list[float]:
+    """Fitness of members that lack items, with dictionaries and loops."""
+    shares = shares_by_hand(members)
+    resources = resources_by_hand(shares)
+    counted = sum(capacities[item] for item, resource in resources.items() if resource > 0)
+    found = []
+    for own in shares:
+        worth = sum(capacities[item] * share / (resources[item] ** alpha + 1e-9) for item, share in own.items())
+        room = sum(capacities[item] for item in own if resources[item] > 0)
+        found.append(worth / (room / counted) if room > 0 else 0.0)
+    return found
+
+
+def shares_by_hand(members: list[Scored]) -> list[Scored]:
+    shares: list[Scored] = [{} for _ in members]
+    for item in sorted({item for member in members for item in member}):
+        values = [member[item] for member in members if item in member]
+        for member, own in zip(members, shares, strict=True):
+            if item in member:
+                width = max(values) - min(values)
+                own[item] = (member[item] - min(values)) / width if width > 0 else 0.0
+    return shares
+
+
+def resources_by_hand(shares: list[Scored]) -> Scored:
+    resources = {}
+    for item in {item: None for own in shares for item in own}:
+        having = [own[item] for own in shares if item in own]
+        resources[item] = sum(having) / len(having) * len(shares)
+    return resources
+
+
+def attraction_by_hand(first: int, members: list[Scored], capacities: dict[str, float]) -> list[float]:
+    shares = shares_by_hand(members)
+    resources = resources_by_hand(shares)
+    counted = sum(capacities[item] for item, resource in resources.items() if resource > 0)
+    found = []
+    for other in shares:
+        common = [item for item in other if item in shares[first] and resources[item] > 0]
+        room = sum(capacities[item] for item in common)
+        gains = [
+            capacities[item] * max(other[item] - shares[first][item], 0) / (resources[item] + 1e-9) for item in common
+        ]
+        found.append(sum(gains) / (room / counted) if room > 0 else 0.0)
+    return found
+
+
+incomplete = st.tuples(st.integers(1, 6), st.integers(1, 8)).flatmap(
+    lambda size: st.tuples(
+        arrays(np.float64, size, elements=st.sampled_from([np.nan, 0.0, 0.25, 0.5, 1.0, -3.0])),
+        arrays(np.float64, size[1], elements=st.sampled_from([0.1, 0.5, 1.0])),
+    )
+)
+
+
+@given(incomplete, st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("error")
+def test_members_that_lack_items_compete_and_attract_as_loops_say(
+    given_: tuple[np.ndarray, np.ndarray], alpha: float
+) -> None:
+    rows, capacities = given_
+    members = [{str(j): float(x) for j, x in enumerate(row) if np.isfinite(x)} for row in rows]
+    named = {str(j): float(x) for j, x in enumerate(capacities)}
+    shares = scaled(rows)
+    assert competition(shares, capacities, alpha) == pytest.approx(fitness_by_hand(members, named, alpha))
+    for first in range(len(rows)):
+        wanted = attraction(first, shares, capacities, out=np.empty_like(shares))
+        assert wanted == pytest.approx(attraction_by_hand(first, members, named))
+
+
+def test_an_item_that_only_one_member_has_makes_it_neither_better_nor_worse() -> None:
+    rows = np.random.default_rng(0).random((4, 6))
+    more = np.column_stack([rows, [np.nan, np.nan, 0.3, np.nan]])
+    before = competition(scaled(rows), np.ones(6))
+    assert competition(scaled(more), np.ones(7)) == pytest.approx(before)
+
+
+def partial_results(count: int, seed: int) -> list[tuple[Vector, Result]]:
+    """Candidates of a race: nested subsets of items, mostly growing, some ending early, and whole ones between them."""
+    generator = np.random.default_rng(seed)
+    order = [str(number) for number in generator.permutation(24)]
+    found = []
+    for number in range(count):
+        size = 24 if number % 11 == 3 else min(24, 4 + 4 * (number // 12) - 2 * (number % 5 == 1))
+        values = generator.normal(size=size) + (number % 3) * (np.arange(size) % 3 == number % 3)
+        weights = np.array([1.0 + int(item) % 3 for item in order[:size]])
+        scores = Scores(tuple(order[:size]), {"m0": values}, weights)
+        loss = float(np.average(values, weights=weights))
+        found.append((generator.random(8), Result(loss, (loss,), float(number % 7 == 0), scores={"e": scores})))
+    return found
+
+
+def test_the_archive_of_a_race_is_what_loops_say_and_holds_members_of_every_size() -> None:
+    optimizer = optimizer_named("natural_niches", {"archive": 5})(problem())
+    assert isinstance(optimizer, NaturalNiches)
+    archive: list[tuple[Vector, Scored, Result]] = []
+    weights: dict[str, float] = {}
+    entered = set()
+    for point, told in partial_results(80, 0):
+        optimizer.tell_result(point, told)
+        scores = told.scores["e"]
+        weights |= dict(zip(scores.items, map(float, scores.weights), strict=True))
+        archive.append((point, dict(zip(scores.items, map(float, -scores.values["m0"]), strict=True)), told))
+        if len(archive) > 5:
+            rivals = [k for k, (_, _, one) in enumerate(archive) if one.violation == 0] or list(range(len(archive)))
+            capacities = {item: weight / sum(weights.values()) for item, weight in weights.items()}
+            fitness = [0.0] * len(archive)
+            for k, found in zip(rivals, fitness_by_hand([archive[k][1] for k in rivals], capacities, 1.0), strict=True):
+                fitness[k] = found
+            worst = [(one.violation, -fitness[k], one.loss, k) for k, (_, _, one) in enumerate(archive)]
+            del archive[max(worst)[-1]]
+        assert [m.point.tobytes() for m in optimizer.members] == [point.tobytes() for point, _, _ in archive]
+        if archive[-1][0] is point:
+            entered.add(len(scores.items))
+    assert len(entered) >= 6, "candidates with more items than all members enter, and those with fewer"
+
+
+def test_a_search_over_growing_subsets_asks_the_same_again_bit_by_bit() -> None:
+    def asked() -> list[bytes]:
+        optimizer = optimizer_named("natural_niches", {"archive": 5})(problem())
+        assert isinstance(optimizer, NaturalNiches)
+        points = []
+        for _, told in partial_results(60, 1):
+            points.append(optimizer.ask())
+            optimizer.tell_result(points[-1], told)
+        return [point.tobytes() for point in points]
+
+    assert asked() == asked()
 
 
 def fill(optimizer: NaturalNiches | MapElites, count: int) -> list[Vector]:

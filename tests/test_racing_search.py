@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,13 +15,12 @@ from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
 from search.local_pool import LocalPool
-from search.optimizer import Optimizer, Problem
 from search.optimizers.natural_niches import NaturalNiches
 from search.pool import Pool, WorkerPlan
 from search.progress import Progress
 from search.replay import replay_ordered
 from search.run import make_population, resume, start
-from search.setup import Setup, check
+from search.setup import Setup, check, window
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
@@ -151,36 +150,6 @@ def searched(events: list[Event]) -> dict[int, Trial]:
     return {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
 
 
-def test_candidates_that_were_scored_on_some_items_compete_with_parents_item_by_item(
-    racing_config: dict[str, Any], tmp_path: Path
-) -> None:
-    racing_config["search"] |= {"budget": 16, "optimizer": {"name": "natural_niches", "archive": 8}}
-    setup = checked(racing_config, tmp_path)
-    finished = start(setup, pool_of(1), Quiet())
-    trials = searched(finished.folder.events())
-    assert all(trial.scored is not None for trial in trials.values() if trial.candidate > 4)
-    told: list[NaturalNiches] = []
-
-    def remembered(problem: Problem) -> Optimizer:
-        made = setup.make_optimizer(problem)
-        assert isinstance(made, NaturalNiches)
-        told.append(made)
-        return made
-
-    population = make_population(replace(setup, make_optimizer=remembered), 4)
-    replay_ordered(finished.folder.events(), population, 4)
-    kept = {member.point.tobytes(): member for member in told[0].members}
-    found = [c for c in population.candidates if c.genome is not None and c.genome.vector().tobytes() in kept]
-    assert any(c.genome is not None and not trials[c.id].censored for c in found)
-    for candidate in found:
-        assert candidate.genome is not None
-        row = kept[candidate.genome.vector().tobytes()].row
-        assert len(row) == 3 * 48
-        metrics = trials[candidate.id].metrics
-        # Weights are numbers of tokens here, so the mean over items is near the metric and not equal to it.
-        assert -row.reshape(3, 48).mean(1) == pytest.approx([metrics[f"{name}.nll"] for name in DOMAINS], rel=0.05)
-
-
 def test_a_front_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:
     racing_config["objectives"]["search"] = "pareto"
     with pytest.raises(ConfigError, match=r"search.yaml:\d+:\d+: search.fitness.racing: a race stops what has a worse"):
@@ -191,3 +160,26 @@ def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dic
     racing_config["objectives"]["terms"][0] = "python.perplexity"
     with pytest.raises(ConfigError, match=r"'python.perplexity' has no value per item.*use python.nll"):
         checked(racing_config, tmp_path)
+
+
+def test_natural_niches_race_with_members_that_were_scored_on_different_items(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["search"]["optimizer"] = {"name": "natural_niches", "archive": 6}
+    racing_config["search"]["fitness"]["precision"] = 0.15
+    setup = checked(racing_config, tmp_path)
+    found = start(setup, pool_of(1), Quiet())
+    events = list(found.folder.events())
+    population = make_population(setup, window(setup.config))
+    assert not replay_ordered(events, population, window(setup.config))
+    niches = population._optimizer
+    assert isinstance(niches, NaturalNiches)
+    searched = {
+        tuple(event.genome): event.candidate for event in events if isinstance(event, Ask) and event.genome is not None
+    }
+    inside = [searched[tuple(member.point)] for member in niches.members if tuple(member.point) in searched]
+    assert len(niches.members) == 6
+    assert len(inside) >= 4
+    trials = {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
+    assert not any(trials[candidate].scored is None for candidate in inside), "none of them was scored on all items"
+    assert len({int(np.isfinite(member.row).sum()) for member in niches.members}) > 1

@@ -136,9 +136,9 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
         console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
     if again := [arm.replace("_", " ") for arm in cost["compared with"] if arm != "standard"]:
         console.print(f"To compare the winner with {' and '.join(again)} costs at most as much again, for each.")
-    most = "at most " if setup.config.search.fitness.racing else ""
+    at_most = "at most " if setup.config.search.fitness.racing else ""
     console.print(
-        f"Cost: {cost['candidates']} candidates, {most}{cost['item evaluations']:,} item evaluations on the search "
+        f"Cost: {cost['candidates']} candidates, {at_most}{cost['item evaluations']:,} item evaluations on the search "
         "items. "
         f"{'The config is sound' if memory.fits else 'It does not fit'}; nothing was spent.",
         soft_wrap=True,

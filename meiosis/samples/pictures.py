@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from evaluators.base import ITEM_POOLS
 from evaluators.errors import UserError
+from evaluators.npz import read_arrays
 
 Pictures = NDArray[np.uint8]
 """(n, size, size, 3)."""
@@ -238,17 +238,19 @@ def _digits(size: int, items: Mapping[str, int], count: int, random: np.random.G
 
 
 def _mnist(folder: Path, split: str, size: int) -> Part:
-    arrays = _load(folder / f"{split}.npz", ("x", "y"))
-    return Part(_canvas(arrays["x"], size), arrays["y"].astype(np.int64))
+    x, y = read_arrays(folder / f"{split}.npz", ("x", "y"), "images 'x' and labels 'y'")
+    return Part(_canvas(x, size), y.astype(np.int64))
 
 
 def _cifar(folder: Path, split: str, size: int, count: int | None = None) -> Part:
     """The first `count` photographs; they lie in random order."""
     import PIL.Image
 
-    arrays = _load(folder / f"{split}.npz", ("jpeg", "offset", "label"))
-    jpeg, y = arrays["jpeg"].tobytes(), arrays["label"][:count].astype(np.int64)
-    offset = arrays["offset"][: len(y) + 1]
+    bytes_, offset, labels = read_arrays(
+        folder / f"{split}.npz", ("jpeg", "offset", "label"), "'jpeg' bytes, their 'offset' and 'label'"
+    )
+    jpeg, y = bytes_.tobytes(), labels[:count].astype(np.int64)
+    offset = offset[: len(y) + 1]
     x = np.empty((len(y), size, size, 3), np.uint8)
     for index, (start, stop) in enumerate(itertools.pairwise(offset)):
         with PIL.Image.open(io.BytesIO(jpeg[start:stop])) as picture:
@@ -266,14 +268,3 @@ def _canvas(gray: NDArray[np.uint8], size: int) -> Pictures:
         before, after = (size - height) // 2, size - height - (size - height) // 2
         gray = np.pad(gray, ((0, 0), (before, after), (before, after)))
     return np.repeat(gray[..., None], 3, axis=3)
-
-
-def _load(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: no .npz file with {', '.join(keys)} ({str(error).splitlines()[0]}); the data folder holds "
-            "mnist/ and cifar10_jpeg/, each with train.npz and test.npz"
-        ) from error

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2508.16204)."""
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ class Options(OptimizerOptions):
 
 @dataclass(frozen=True)
 class Member:
-    """A genome of the archive. `row` is that of `ItemTable`."""
+    """A genome of the archive. `row` is that of `ItemTable`, NaN for items that it was not scored on."""
 
     point: Vector
     row: Array
@@ -43,8 +43,9 @@ class Member:
 class NaturalNiches:
     """Steady state: every result competes with the archive, every ask mates two members.
 
-    Members that violate a constraint stay only while the archive has room. A candidate whose evaluation failed, was
-    stopped early, or lacks items, never becomes a member.
+    Members that violate a constraint stay only while the archive has room. A candidate whose evaluation failed or was
+    stopped early never becomes a member. Members may lack items, as when candidates are scored on subsets that grow:
+    on an item those compete that have it.
     """
 
     Options: ClassVar[type[OptimizerOptions]] = Options
@@ -89,6 +90,8 @@ class NaturalNiches:
         row = self._table.row(result)
         if row is None:
             return
+        if self.members and len(self.members[0].row) != len(row):  # new items, as often as subsets grow
+            self.members = [replace(member, row=_padded(member.row, len(row))) for member in self.members]
         self.members.append(Member(point, row, result.loss, result.violation))
         if len(self.members) > self._options.archive:
             fitness, _, _ = self._fitness()
@@ -105,7 +108,7 @@ class NaturalNiches:
         the feasible ones, if there are any."""
         rivals = [index for index, member in enumerate(self.members) if member.violation == 0]
         rivals = rivals or list(range(len(self.members)))
-        if not self._shares.size:
+        if self._shares.shape[1] != len(self._table.capacities):
             self._shares, self._room = np.zeros((2, self._options.archive + 1, len(self._table.capacities)))
         shares = self._shares[: len(rivals)]
         np.stack([self.members[index].row for index in rivals], out=shares)
@@ -146,6 +149,11 @@ class NaturalNiches:
         if not sums[-1] > 0:
             return int(self._generator.integers(len(weights)))
         return min(int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right")), len(weights) - 1)
+
+
+def _padded(row: Array, width: int) -> Array:
+    """A row that lacks the items that became known after it."""
+    return np.append(row, np.full(width - len(row), np.nan))
 
 
 PLUGIN = NaturalNiches

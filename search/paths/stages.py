@@ -10,12 +10,23 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from search.optimizer import LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result, Vector
+import numpy as np
+
+from search.optimizer import (
+    LearnsFromGeneration0,
+    LearnsFromResults,
+    MakeOptimizer,
+    Optimizer,
+    Problem,
+    Result,
+    Vector,
+)
 from search.seeds import derive_seed
 
 
 class TwoStages:
-    """Two optimisers of one kind (implements `Optimizer` and `LearnsFromResults`).
+    """Two optimisers of one kind (implements `Optimizer` and `LearnsFromResults`, and `LearnsFromGeneration0` where the
+    first one does).
 
     The second begins when the first was asked its share of the budget. Results of the first that come later are still
     told to it, but change nothing.
@@ -32,6 +43,9 @@ class TwoStages:
         first, self._second = two_problems(problem, parameters, share)
         self._first_asks = first.budget
         self._searches: list[Optimizer] = [make(first)]
+        if isinstance(self._searches[0], LearnsFromGeneration0):
+            # Only then: whoever has this method is not asked to suggest what it took.
+            self.take_member = self._take_member
         self._fixed = problem.start
         self._best: tuple[float, Vector] | None = None
         self._asked = 0
@@ -59,13 +73,25 @@ class TwoStages:
         stage = waiting.popleft()
         if not waiting:
             del self._asked_by[point.tobytes()]
-        if stage == 0 and not result.censored and (self._best is None or result.loss < self._best[0]):
-            self._best = (result.loss, point.copy())
+        if stage == 0:
+            self._note(point, result)
         search, moved = self._searches[stage], point[self._moved(stage)]
         if isinstance(search, LearnsFromResults):
             search.tell_result(moved, result)
         else:
             search.tell(moved, result.loss)
+
+    def _take_member(self, point: Vector, result: Result) -> None:
+        """A merge on another path than that of the first search is not one of its points."""
+        first, path = self._searches[0], self._moved(1)
+        if isinstance(first, LearnsFromGeneration0) and np.array_equal(point[path], self._fixed[path]):
+            first.take_member(point[self._moved(0)], result)
+            self._note(point, result)
+
+    def _note(self, point: Vector, result: Result) -> None:
+        """Keep the best of the first search."""
+        if not result.censored and (self._best is None or result.loss < self._best[0]):
+            self._best = (result.loss, point.copy())
 
     def _begin_second(self) -> None:
         if self._best is not None:

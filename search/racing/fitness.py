@@ -64,6 +64,8 @@ class Fitness:
         self._best: _Best | None = None
         self._reference: Reference | None = None
         self._errors: dict[int, float] = {}
+        self._learned = 0
+        self._estimated: dict[str, tuple[Scores, int, Estimated]] = {}
 
     @property
     def next_items(self) -> int:
@@ -90,29 +92,11 @@ class Fitness:
             return metrics
         found = dict(metrics)
         for name, block in scores.items():
-            matrix, weights = self._in_order(name, block)
-            values = self._strata[name].estimate(matrix, weights).values
+            values = self._estimate(name, block).values
             for (metric, meaning), value in zip(self._meanings[name].items(), values, strict=True):
                 low = -math.inf if meaning.low is None else meaning.low
                 high = math.inf if meaning.high is None else meaning.high
                 found[f"{name}.{metric}"] = min(max(float(value), low), high)
-        return found
-
-    def filled(self, scores: Mapping[str, Scores]) -> Mapping[str, Scores]:
-        """Scores of all items: those seen, and for the others what is predicted, so that the means are the estimates.
-
-        For optimisers that compare candidates item by item: those that they know were scored on more items, or fewer.
-        """
-        if not scores or self.is_whole(scores):
-            return scores
-        found = {}
-        for name, block in scores.items():
-            weights = self._strata[name].weights
-            if weights is None:
-                return scores
-            matrix = self._strata[name].estimate(*self._in_order(name, block)).scores
-            columns = {metric: matrix[:, index] for index, metric in enumerate(self._meanings[name])}
-            found[name] = Scores(self._orders[name], columns, weights)
         return found
 
     def is_whole(self, scores: Mapping[str, Scores]) -> bool:
@@ -122,6 +106,7 @@ class Fitness:
     def learn(self, scores: Mapping[str, Scores], parent: bool) -> None:
         """Take note of what a candidate did on the items, in the order of the history; `parent`: or the base."""
         if scores and self.is_whole(scores):
+            self._learned += 1
             for name, block in scores.items():
                 self._strata[name].learn(*self._in_order(name, block), parent)
 
@@ -144,13 +129,13 @@ class Fitness:
         """
         if not scores:
             return
-        ordered = {name: self._in_order(name, block) for name, block in scores.items()}
-        residuals, error = self._residuals(ordered, coefficients_of(objective))
+        residuals, error = self._residuals(scores, coefficients_of(objective))
         self._errors[candidate] = error
         if searched:
             self._levels.told(Seen(loss, residuals))
         if may_lead and (self._best is None or loss + CAUTION * error < self._best.cautious):
-            self._best = _Best(loss + CAUTION * error, loss, {name: m for name, (m, _) in ordered.items()})
+            ordered = {name: self._in_order(name, block)[0] for name, block in scores.items()}
+            self._best = _Best(loss + CAUTION * error, loss, ordered)
             self._reference = None
 
     def cautious(self, candidate: int, loss: float) -> float:
@@ -158,18 +143,28 @@ class Fitness:
         return loss + CAUTION * self._errors.get(candidate, 0.0)
 
     def _residuals(
-        self, ordered: Mapping[str, tuple[Matrix, Vector]], coefficients: Mapping[str, Mapping[str, float]]
+        self, scores: Mapping[str, Scores], coefficients: Mapping[str, Mapping[str, float]]
     ) -> tuple[list[Vector], float]:
         """What is left unexplained of the objective, one row per evaluator, and the standard error of the estimate."""
         rows, variance = [], 0.0
-        for name, (matrix, weights) in ordered.items():
+        for name, block in scores.items():
+            weights = self._in_order(name, block)[1]
             factors = np.array([coefficients.get(name, {}).get(metric, 0.0) for metric in self._meanings[name]])
-            estimated: Estimated = self._strata[name].estimate(matrix, weights)
-            row = estimated.residuals @ factors if factors.any() else np.zeros(len(matrix))
+            residuals = self._estimate(name, block).residuals
+            row = residuals @ factors if factors.any() else np.zeros(len(residuals))
             row = row * weights / (weights.mean() or 1.0)
             rows.append(row)
             variance += (1 - len(row) / self.ladder.totals[name]) * float(np.var(row)) / max(len(row) - 1, 1)
         return rows, math.sqrt(variance)
+
+    def _estimate(self, name: str, block: Scores) -> Estimated:
+        """The estimate of one evaluator, made once although every candidate needs it twice, unless more was learned."""
+        known = self._estimated.get(name)
+        if known is not None and known[0] is block and known[1] == self._learned:
+            return known[2]
+        found = self._strata[name].estimate(*self._in_order(name, block))
+        self._estimated[name] = block, self._learned, found
+        return found
 
     def _reference_of(self, best: _Best, objective: Objective) -> Reference:
         coefficients = coefficients_of(objective)

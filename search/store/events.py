@@ -90,7 +90,8 @@ class Trial(Recorded):
         layers_run: layers of the model that ran, once for every forward pass.
         layers_reused: layers that did not have to, since their result was known from an earlier candidate.
         censored: whether it was stopped because it is worse than what it was compared with.
-        scored: items that were scored, where these are not all of the pool; metrics are then estimates for all.
+        scored: items that were scored (at most, in a failure), where these are not all of the pool; metrics are then
+            estimates for all.
     """
 
     candidate: int
