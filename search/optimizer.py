@@ -63,8 +63,7 @@ class Result:
         losses: the normalised loss of every term of the objective, finite; empty for a failure.
         violation: by how much it violates the constraints, 0 for a feasible one.
         censored: whether its evaluation was stopped early, because it is worse than what it was compared with.
-        scores: evaluator name -> per-item scores; empty for a failure. Of a candidate that was scored on some items,
-            and not stopped, the others are predicted.
+        scores: evaluator name -> per-item scores; empty for a failure.
         metrics: `<evaluator>.<metric>` -> value; empty for a failure.
     """
 

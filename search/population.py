@@ -197,8 +197,6 @@ class Population:
         if metrics is None or loss >= FAILED_LOSS:
             return Result(loss)
         violation = self.objective.violation(metrics)
-        if self._fitness is not None and censored is None:
-            scores = self._fitness.filled(scores)
         return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics)
 
     def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:

@@ -115,22 +115,6 @@ def test_a_candidate_that_was_scored_on_all_items_has_its_own_mean(estimate: str
     assert 0 <= part.values[0] <= 1
 
 
-@pytest.mark.parametrize("estimate", ["none", "control_variate", "p_irt", "gp_irt"])
-def test_predicted_scores_keep_what_was_seen_and_have_the_estimated_mean(estimate: str) -> None:
-    generator = np.random.default_rng(7)
-    stratum = Stratum(50, estimate)  # type: ignore[arg-type]  # a literal, from the list above
-    weights = generator.integers(1, 5, 50).astype(float)
-    responses = (generator.random((5, 50, 2)) < 0.6).astype(float)
-    for one in responses[:4]:
-        stratum.learn(one, weights, parent=True)
-    seen = responses[4, :12]
-    found = stratum.estimate(seen, weights[:12])
-    assert found.scores.shape == (50, 2)
-    assert np.array_equal(found.scores[:12], seen)
-    assert weights @ found.scores / weights.sum() == pytest.approx(found.values)
-    assert np.array_equal(stratum.estimate(responses[4], weights).scores, responses[4])
-
-
 def test_scores_that_are_not_right_or_wrong_are_estimated_by_control_variates() -> None:
     known, merge = losses(np.random.default_rng(6))
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
 from search.local_pool import LocalPool
-from search.optimizer import Optimizer, Problem
 from search.optimizers.natural_niches import NaturalNiches
 from search.pool import Pool, WorkerPlan
 from search.progress import Progress
@@ -150,36 +148,6 @@ def test_another_search_takes_over_what_was_scored_and_estimates_it_alike(
 
 def searched(events: list[Event]) -> dict[int, Trial]:
     return {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
-
-
-def test_candidates_that_were_scored_on_some_items_compete_with_parents_item_by_item(
-    racing_config: dict[str, Any], tmp_path: Path
-) -> None:
-    racing_config["search"] |= {"budget": 16, "optimizer": {"name": "natural_niches", "archive": 8}}
-    setup = checked(racing_config, tmp_path)
-    finished = start(setup, pool_of(1), Quiet())
-    trials = searched(finished.folder.events())
-    assert all(trial.scored is not None for trial in trials.values() if trial.candidate > 4)
-    told: list[NaturalNiches] = []
-
-    def remembered(problem: Problem) -> Optimizer:
-        made = setup.make_optimizer(problem)
-        assert isinstance(made, NaturalNiches)
-        told.append(made)
-        return made
-
-    population = make_population(replace(setup, make_optimizer=remembered), 4)
-    replay_ordered(finished.folder.events(), population, 4)
-    kept = {member.point.tobytes(): member for member in told[0].members}
-    found = [c for c in population.candidates if c.genome is not None and c.genome.vector().tobytes() in kept]
-    assert any(c.genome is not None and not trials[c.id].censored for c in found)
-    for candidate in found:
-        assert candidate.genome is not None
-        row = kept[candidate.genome.vector().tobytes()].row
-        assert len(row) == 3 * 48
-        metrics = trials[candidate.id].metrics
-        # Weights are numbers of tokens here, so the mean over items is near the metric and not equal to it.
-        assert -row.reshape(3, 48).mean(1) == pytest.approx([metrics[f"{name}.nll"] for name in DOMAINS], rel=0.05)
 
 
 def test_a_front_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:

@@ -39,13 +39,10 @@ class Estimated:
     Attributes:
         values: (n_metrics,) estimates of the weighted means over all items.
         residuals: (n_seen, n_metrics) what was not predicted.
-        scores: (n_items, n_metrics) on all items: those seen, and predictions for the others, moved so that the means
-            are the estimates. Only those seen where nobody was scored on all items yet.
     """
 
     values: Vector
     residuals: Matrix
-    scores: Matrix
 
 
 class Stratum:
@@ -83,37 +80,27 @@ class Stratum:
         """What a candidate would have on all items, from its scores on the first ones, (n_seen, n_metrics)."""
         if len(scores) == self.total:
             values = weights @ scores / weights.sum()
-            return Estimated(values, scores - values, scores)
+            return Estimated(values, scores - values)
         columns = [self._column(scores[:, metric], weights, metric) for metric in range(scores.shape[1])]
-        if not columns:
-            return Estimated(np.zeros(0), np.zeros((len(scores), 0)), scores)
-        values = np.array([value for value, _, _ in columns])
-        later = np.column_stack([unseen for _, _, unseen in columns])
-        unseen = np.zeros(0) if self.weights is None else self.weights[len(scores) :]
-        if self.weights is not None and unseen.sum() > 0:
-            left = self.weights.sum() * values - self.weights[: len(scores)] @ scores
-            later = later + (left - unseen @ later) / unseen.sum()
-        return Estimated(values, np.column_stack([rest for _, rest, _ in columns]), np.concatenate([scores, later]))
+        residuals = [rest for _, rest in columns] or [np.zeros((len(scores), 0))]
+        return Estimated(np.array([value for value, _ in columns]), np.column_stack(residuals))
 
-    def _column(self, seen: Vector, weights: Vector, metric: int) -> tuple[float, Vector, Vector]:
-        """Estimate, what was not predicted of the items seen, and predictions for the others."""
+    def _column(self, seen: Vector, weights: Vector, metric: int) -> tuple[float, Vector]:
         count = len(seen)
         plain = float(weights @ seen / weights.sum())
-        if self.weights is None:
-            return plain, seen - plain, np.zeros(0)
-        if self._estimate == "none" or len(self._parents) + len(self._others) < 2:
-            return plain, seen - plain, np.full(self.total - count, plain)
+        if self._estimate == "none" or self.weights is None or len(self._parents) + len(self._others) < 2:
+            return plain, seen - plain
         if metric not in self._models:
             self._models[metric] = self._make(metric)
         model, by_items = self._models[metric]
         predicted = model.predict(seen)
         rest = seen - predicted[:count]
         if not by_items:
-            return corrected_mean(predicted, rest, self.weights), rest, predicted[count:]
+            return corrected_mean(predicted, rest, self.weights), rest
         unseen = self.weights[count:]
         later = float(unseen @ predicted[count:] / unseen.sum())
         value = p_irt(plain, later, float(self.weights[:count].sum() / self.weights.sum()))
-        return (value if self._estimate == "p_irt" else gp_irt(plain, value)), rest, predicted[count:]
+        return (value if self._estimate == "p_irt" else gp_irt(plain, value)), rest
 
     def _make(self, metric: int) -> tuple[Model, bool]:
         assert self.weights is not None

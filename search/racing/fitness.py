@@ -99,23 +99,6 @@ class Fitness:
                 found[f"{name}.{metric}"] = min(max(float(value), low), high)
         return found
 
-    def filled(self, scores: Mapping[str, Scores]) -> Mapping[str, Scores]:
-        """Scores of all items: those seen, and for the others what is predicted, so that the means are the estimates.
-
-        For optimisers that compare candidates item by item: those that they know were scored on more items, or fewer.
-        """
-        if not scores or self.is_whole(scores):
-            return scores
-        found = {}
-        for name, block in scores.items():
-            weights = self._strata[name].weights
-            if weights is None:
-                return scores
-            matrix = self._strata[name].estimate(*self._in_order(name, block)).scores
-            columns = {metric: matrix[:, index] for index, metric in enumerate(self._meanings[name])}
-            found[name] = Scores(self._orders[name], columns, weights)
-        return found
-
     def is_whole(self, scores: Mapping[str, Scores]) -> bool:
         """Whether these are the scores of all items."""
         return all(len(block.items) == self.ladder.totals[name] for name, block in scores.items())
