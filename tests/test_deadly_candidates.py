@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from landscape import DEADLY, Landscape, Shuffled, population
@@ -39,10 +39,10 @@ def search(folder: Path, make_pool: Callable[[], Pool]) -> Searched:
     people = population(BUDGET, WINDOW)
     tell = people.tell
 
-    def listen(candidate: int, metrics: Mapping[str, float] | None) -> None:
+    def listen(candidate: int, metrics: Mapping[str, float] | None, *more: Any, **named: Any) -> None:
         assert candidate not in told
         told[candidate] = metrics
-        tell(candidate, metrics)
+        tell(candidate, metrics, *more, **named)
 
     people.tell = listen  # type: ignore[method-assign]
     with History.open(folder / "history") as history:
