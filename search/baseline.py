@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from evaluators.base import Evaluator
 from evaluators.registry import Registry
@@ -29,6 +29,13 @@ class BaselineOptions(BaseModel):
 
 
 NO_OPTIONS = BaselineOptions()
+
+
+def with_default(options: type[BaselineOptions], key: str, kind: Any, default: object) -> type[BaselineOptions]:
+    """Options of which one key, of this type, has another default: for baselines that differ in their operator."""
+    field = Field(default, description=options.model_fields[key].description)
+    fields: dict[str, Any] = {key: (kind, field)}
+    return create_model(options.__name__, __base__=options, **fields)
 
 
 @dataclass(frozen=True)

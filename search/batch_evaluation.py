@@ -6,10 +6,8 @@ without `plain_forward`, and whole jobs that race, learn, take a path or have a 
 
 from __future__ import annotations
 
-import math
 import platform
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,9 +16,9 @@ from typing import TYPE_CHECKING
 from evaluators.base import Scores
 from search.checkpoints.fingerprint import hash_tensors
 from search.errors import MeiosisError, UserError
-from search.evaluation import Evaluation, complete, require_device
+from search.evaluation import Evaluation, complete, failure_of, not_finite, require_device
 from search.model_state import model_state
-from search.pool import Failure, FailureKind, Job, Outcome, WorkerPlan
+from search.pool import Job, Outcome, WorkerPlan
 from search.seeds import derive_seed, seeded
 
 if TYPE_CHECKING:
@@ -135,11 +133,12 @@ class BatchEvaluation(Evaluation):
                 for slot in running:
                     scores = found[slot.number]
                     slot.layers_run += (batch.passes - before) * batch.layers
+                    if isinstance(scores, BaseException):
+                        self._fail([slot], scores)
+                        continue
                     try:
-                        if isinstance(scores, Exception):
-                            raise scores
                         slot.scores[name] = complete(name, scores, items)
-                    except Exception as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this candidate
+                    except MeiosisError as error:
                         self._fail([slot], error)
                 self._changed = model_state(model) != state
                 if self._changed:
@@ -171,17 +170,14 @@ class BatchEvaluation(Evaluation):
             require_device(device)
 
     def _outcome(self, slot: _Slot, seconds: float) -> Outcome:
-        failure, metrics = None, {}
+        metrics: dict[str, float] = {}
         scores = {name: slot.scores[name] for name in self._evaluators if name in slot.scores}
         if slot.error is None:
             try:
                 metrics = self._aggregate(scores)
             except Exception as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this candidate
                 slot.error = error
-        if slot.error is not None:
-            failure = _failure(slot.error)
-        elif bad := sorted(name for name, value in metrics.items() if not math.isfinite(value)):
-            failure = Failure("not_finite", f"{bad[0]} is {metrics[bad[0]]}")
+        failure = not_finite(metrics) if slot.error is None else failure_of(slot.error)
         return Outcome(
             slot.job.candidate,
             slot.job.items,
@@ -197,14 +193,6 @@ class BatchEvaluation(Evaluation):
             layers_run=slot.layers_run,
             layers_reused=slot.layers_reused,
         )
-
-
-def _failure(error: BaseException) -> Failure:
-    import torch
-
-    kind: FailureKind = "out_of_memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "error"
-    message = f"{type(error).__name__}: {error}".splitlines()[0]
-    return Failure(kind, message, "".join(traceback.format_exception(error)))
 
 
 def _goes_alone(job: Job) -> bool:

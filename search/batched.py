@@ -91,7 +91,7 @@ class BatchedModel:
 
     def evaluate(
         self, evaluator: Evaluator, slots: Sequence[int], items: Sequence[str]
-    ) -> dict[int, Scores | Exception]:
+    ) -> dict[int, Scores | BaseException]:
         """Scores of the candidates in these slots, or what the evaluator raised for one.
 
         Args:
@@ -99,7 +99,7 @@ class BatchedModel:
         """
         self._answers, self._calls = {}, [0] * self.count
         chunks: dict[int, list[Scores]] = {slot: [] for slot in slots}
-        found: dict[int, Scores | Exception] = {}
+        found: dict[int, Scores | BaseException] = {}
         with self._answering():
             running = {slot: iter(evaluator.evaluate(self._model, items)) for slot in slots}
             while running:
@@ -112,7 +112,7 @@ class BatchedModel:
                         del running[slot]
                     except (torch.OutOfMemoryError, MemoryError):
                         raise
-                    except Exception as error:  # noqa: BLE001 - what a plug-in raises is the outcome of its candidate
+                    except (Exception, SystemExit) as error:  # noqa: BLE001 - the outcome of its candidate
                         found[slot] = error
                         del running[slot]
                 # Calls that all have behind them, or that nobody will make any more.

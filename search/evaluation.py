@@ -186,10 +186,10 @@ class Evaluation:
             failed = None
         except (torch.OutOfMemoryError, MemoryError) as error:
             self._merger.invalidate()
-            failed = self._failed(outcome, "out_of_memory", error, started, merged)
+            failed = self._failed(outcome, error, started, merged)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a plug-in raises is the outcome of this trial
             self._merger.invalidate()
-            failed = self._failed(outcome, "error", error, started, merged)
+            failed = self._failed(outcome, error, started, merged)
             for device in self._devices:
                 require_device(device)
         if failed is not None:
@@ -197,8 +197,7 @@ class Evaluation:
             if torch.device(self._device).type == "cuda":
                 torch.cuda.empty_cache()
             return failed
-        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        failure = Failure("not_finite", f"{bad[0]} is {metrics[bad[0]]}") if bad else None
+        failure = not_finite(metrics)
         return Outcome(
             job.candidate,
             job.items,
@@ -338,17 +337,31 @@ class Evaluation:
         return found
 
     @staticmethod
-    def _failed(outcome: Outcome, kind: FailureKind, error: BaseException, started: float, merged: float) -> Outcome:
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
+    def _failed(outcome: Outcome, error: BaseException, started: float, merged: float) -> Outcome:
         return Outcome(
             outcome.candidate,
             outcome.items,
-            failure=Failure(kind, message, traceback.format_exc()),
+            failure=failure_of(error),
             merge_seconds=merged - started,
             evaluate_seconds=time.perf_counter() - merged,
             worker=outcome.worker,
             node=platform.node(),
         )
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What a trial records of what was raised in it."""
+    import torch
+
+    kind: FailureKind = "out_of_memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "error"
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Failure(kind, message, "".join(traceback.format_exception(error)))
+
+
+def not_finite(metrics: Mapping[str, float]) -> Failure | None:
+    """The failure of a trial one of whose metrics is no finite number."""
+    bad = min((name for name, value in metrics.items() if not math.isfinite(value)), default=None)
+    return None if bad is None else Failure("not_finite", f"{bad} is {metrics[bad]}")
 
 
 def require_device(device: str) -> None:

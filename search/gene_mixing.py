@@ -8,6 +8,16 @@ from numpy.typing import NDArray
 from search.optimizer import Problem, Vector
 
 
+def draw(weights: Vector, number: float) -> int:
+    """An index, as often as its weight says, from a number drawn from [0, 1).
+
+    Args:
+        weights: (n,) not negative, at least one of them positive.
+    """
+    sums = np.cumsum(weights)
+    return min(int(np.searchsorted(sums, number * sums[-1], side="right")), len(weights) - 1)
+
+
 class GeneMixing:
     """Crossover and mutation on the unit box.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import Field, create_model
+from pydantic import Field
 
-from search.baseline import BaselineOptions, Generation0, Proposal
+from search.baseline import BaselineOptions, Generation0, Proposal, with_default
 from search.recipe import Rule
 from search.scales import Scales
 
@@ -27,11 +27,7 @@ class ScaleSweep:
 
     def __init__(self, operator: str, scales: tuple[float, ...]) -> None:
         self._operator = operator
-        self.Options: type[ScaleOptions] = create_model(
-            "ScaleOptions",
-            __base__=ScaleOptions,
-            scales=(Scales, Field(scales, description=ScaleOptions.model_fields["scales"].description)),
-        )
+        self.Options = with_default(ScaleOptions, "scales", Scales, scales)
 
     def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
         for scale in known.options.scales:

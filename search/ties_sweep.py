@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import Field, create_model
+from pydantic import Field
 
-from search.baseline import BaselineOptions, Generation0, Proposal, best_of
+from search.baseline import BaselineOptions, Generation0, Proposal, best_of, with_default
 from search.recipe import Rule
 from search.scales import Distinct
 
@@ -29,11 +29,7 @@ class TiesSweep:
 
     def __init__(self, operator: str, densities: tuple[float, ...]) -> None:
         self._operator = operator
-        self.Options: type[SweepOptions] = create_model(
-            "SweepOptions",
-            __base__=SweepOptions,
-            densities=(Distinct, Field(densities, description=SweepOptions.model_fields["densities"].description)),
-        )
+        self.Options = with_default(SweepOptions, "densities", Distinct, densities)
 
     def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
         options = known.options

@@ -34,12 +34,7 @@ def text(folder: Path, seed: int, as_json: bool) -> None:
     text_of_config = source.read_text()
     make_text_family(folder, seed=seed, report=note)
     config.write_text(text_of_config)
-    if as_json:
-        print_json({"models": str(folder), "config": str(config)})
-        return
-    console = out()
-    console.print(f"Sample models: {folder}", soft_wrap=True)
-    console.print(f"Search them with: meiosis search {config}", soft_wrap=True)
+    _show(folder, config, as_json)
 
 
 @command.command("vision", epilog="Example: meiosis samples vision samples/vision --data DATA")
@@ -66,6 +61,10 @@ def vision(folder: Path, seed: int, data: Path | None, as_json: bool) -> None:
     kept = config.read_text() if config.exists() else None
     card = make_vision_family(folder, data=data, seed=seed, report=note)
     config.write_text(kept or search_config(tuple(card.tasks)))
+    _show(folder, config, as_json)
+
+
+def _show(folder: Path, config: Path, as_json: bool) -> None:
     if as_json:
         print_json({"models": str(folder), "config": str(config)})
         return

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from search.gene_mixing import GeneMixing
+from search.gene_mixing import GeneMixing, draw
 from search.optimizer import OptimizerOptions, Problem, Result, Vector
 
 Cell = tuple[int, ...]
@@ -110,11 +110,7 @@ class MapElites:
         if self._asked <= self._options.founders or not archive.elites:
             return self._genes.mutate(self._start, self._step, self._generator)
         elites, weights = archive.choices(self._options.pressure)
-        sums = np.cumsum(weights)
-        first, second = (
-            elites[min(int(np.searchsorted(sums, drawn * sums[-1], side="right")), len(elites) - 1)]
-            for drawn in self._generator.random(2)
-        )
+        first, second = (elites[draw(weights, number)] for number in self._generator.random(2))
         child = first.point
         if self._generator.random() < self._options.crossover:
             one, two = 1 + 0.01 * self._generator.standard_normal(2)

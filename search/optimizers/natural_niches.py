@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from search.gene_mixing import GeneMixing
+from search.gene_mixing import GeneMixing, draw
 from search.item_shares import Array, ItemTable, attraction, competition, scaled
 from search.optimizer import OptimizerOptions, Problem, Result, Vector
 
@@ -145,10 +145,9 @@ class NaturalNiches:
 
     def _draw(self, weights: Array) -> int:
         """An index, as often as its weight says."""
-        sums = np.cumsum(weights)
-        if not sums[-1] > 0:
+        if not weights.any():
             return int(self._generator.integers(len(weights)))
-        return min(int(np.searchsorted(sums, self._generator.random() * sums[-1], side="right")), len(weights) - 1)
+        return draw(weights, self._generator.random())
 
 
 def _padded(row: Array, width: int) -> Array:
