@@ -114,7 +114,8 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
             baselines = tuple(BaselineConfig(name=one) for one in missing)
             search = search.model_copy(update={"baselines": baselines, "baselines_only": True})
         case "random_search":
-            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
+            fitness = search.fitness.model_copy(update={"rotate": False})
+            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name), "fitness": fitness})
             make_optimizer = optimizer_named(name)
         case "placebo":
             space = replace(space, models=placebo_models(setup))

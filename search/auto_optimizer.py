@@ -13,7 +13,7 @@ from search.space import Space
 
 AUTO = "auto"
 
-_FEW_GENES = 32
+_SOME_GENES = 64
 
 
 def chosen_optimizer(config: Config, space: Space | None) -> OptimizerConfig:
@@ -40,8 +40,8 @@ def best_for(genes: Sequence[Gene], *, front: bool = False) -> tuple[str, str]:
     unordered = sum(not gene.ordered for gene in genes)
     if unordered:
         return "natural_niches", f"{unordered} of {len(genes)} genes are choices without an order"
-    if len(genes) <= _FEW_GENES:
-        return "full_cma", f"{len(genes)} genes, all of them numbers"
+    if len(genes) <= _SOME_GENES:
+        return "gaussian_process", f"{len(genes)} genes, all of them numbers"
     return "diagonal_cma", f"{len(genes)} genes, all of them numbers"
 
 

@@ -25,7 +25,7 @@ from search.replay import check_ask, replay_ordered
 from search.store.events import Ask, Event, LimitReached, Trial
 from search.store.history import History
 from search.store.spool import Spool
-from search.trials import ask_event, outcome_of, trial_event, usable_metrics
+from search.trials import ask_event, may_be_best, outcome_of, trial_event, usable_metrics
 
 POLL_SECONDS = 0.5
 STEPS = 32
@@ -324,7 +324,7 @@ class Driver:
         best = self._progress.best
         origin = self.population.candidate(trial.candidate).origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
-        if trial.loss is None or not trial.feasible or trial.censored:
+        if trial.loss is None or not may_be_best(trial, self.population.rotates):
             return
         if best is None or best.loss is None or trial.loss < best.loss:
             self._progress = replace(self._progress, best=trial, best_origin=origin)

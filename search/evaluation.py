@@ -261,7 +261,9 @@ class Evaluation:
     def _raced(self, job: Job, race: Race, watch: Watch) -> tuple[dict[str, Scores], bool]:
         """The scores of a race, in its order of items."""
         every = self._evaluators.items()
-        orders = {name: item_order(self._seed, name, tuple(each.items(job.items))) for name, each in every}
+        orders = {
+            name: race.chosen(name, item_order(self._seed, name, tuple(each.items(job.items)))) for name, each in every
+        }
         found: dict[str, Scores] = {}
         for rung, sizes in enumerate(race.rungs):
             begun = {name: len(found[name].items) if found else 0 for name in sizes}

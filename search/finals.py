@@ -22,7 +22,7 @@ from search.pareto.finals import choose_from_front, front_finalists, front_sente
 from search.population import SEARCHED, Candidate
 from search.selection_bias import Optimism, expected_flattery
 from search.store.events import End, Event, Extended, Trial
-from search.trials import usable_metrics
+from search.trials import may_be_best, usable_metrics
 
 SIGNIFICANCE = 0.01
 VERDICT_VERSION = 2
@@ -284,7 +284,7 @@ def best_searched(driver: Driver, count: int) -> list[Candidate]:
         (
             c
             for c in driver.population.candidates
-            if c.origin == SEARCHED and _may_be_best(driver.trials[c.id, "search"])
+            if c.origin == SEARCHED and may_be_best(driver.trials[c.id, "search"], driver.population.rotates)
         ),
         key=lambda c: (driver.population.cautious(c.id, driver.trials[c.id, "search"].loss or 0.0), c.id),
     )
@@ -292,11 +292,6 @@ def best_searched(driver: Driver, count: int) -> list[Candidate]:
     for candidate in ranked:
         distinct.setdefault(candidate.recipe_hash, candidate)
     return list(distinct.values())[:count]
-
-
-def _may_be_best(trial: Trial) -> bool:
-    """Whether it keeps the constraints and was not stopped early."""
-    return trial.feasible and not trial.censored
 
 
 def _loss(driver: Driver, trial: Trial) -> float:

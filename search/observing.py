@@ -56,6 +56,7 @@ class Observer:
             name=self.folder.name,
             folder=self.folder.path / "tracking",
             config=config.model_dump(mode="json") if config.tracking else {},
+            rotate=bool(config.search.fitness.rotate),
             complain=self.watcher.line,
         )
         return self

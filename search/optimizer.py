@@ -41,6 +41,7 @@ class Problem:
         objectives: how many losses a `Result` has.
         terms: what they are, in their order: metric, direction and weight; empty where nobody said.
         options: an instance of the optimiser's `Options`.
+        parts: into how many parts the search items are cut; candidates are scored on one of them, or on all.
     """
 
     start: Vector
@@ -52,6 +53,7 @@ class Problem:
     objectives: int = 1
     terms: tuple[Term, ...] = ()
     options: Any = NO_OPTIONS
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Result:
         censored: whether its evaluation was stopped early, because it is worse than what it was compared with.
         scores: evaluator name -> per-item scores; empty for a failure.
         metrics: `<evaluator>.<metric>` -> value; empty for a failure.
+        parts: part of the items -> what was measured there, in the unit of the loss, but for a constant; the mean over
+            all parts is the loss. Empty for a failure, and where the items are not cut into parts.
     """
 
     loss: float
@@ -73,6 +77,7 @@ class Result:
     censored: bool = False
     scores: Mapping[str, Scores] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[int, float] = field(default_factory=dict)
 
 
 class Optimizer(Protocol):
@@ -103,6 +108,14 @@ class LearnsFromGeneration0(Protocol):
     def take_member(self, point: Vector, result: Result) -> None:
         """A point that was not asked and what is known of its merge; before the first ask, in the order of the
         history."""
+
+
+@runtime_checkable
+class PoolsParts(Protocol):
+    """An optimiser that puts together what candidates scored on different parts of the items."""
+
+    def wants_all_items(self) -> bool:
+        """Whether the point that was asked last is to be scored on all items."""
 
 
 MakeOptimizer = Callable[[Problem], Optimizer]

@@ -132,7 +132,7 @@ class OutcomeCheck:
                 f"items, but {sizes} were scored"
             )
         for name, scores in outcome.scores.items():
-            wanted = self._order(name, pool)[: len(scores.items)]
+            wanted = tuple(race.chosen(name, self._order(name, pool)))[: len(scores.items)]
             if tuple(scores.items) != wanted:
                 raise ValueError(
                     f"outcome.scores['{name}']: expected the first {len(wanted)} items in the order of the race"

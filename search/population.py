@@ -16,10 +16,18 @@ from evaluators.base import Scores
 from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
 from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
-from search.optimizer import LearnsFromGeneration0, LearnsFromResults, MakeOptimizer, Optimizer, Problem, Result
+from search.optimizer import (
+    LearnsFromGeneration0,
+    LearnsFromResults,
+    MakeOptimizer,
+    Optimizer,
+    PoolsParts,
+    Problem,
+    Result,
+)
 from search.pareto.starts import front_ids
 from search.pool import Outcome
-from search.racing.fitness import Fitness, censored_loss
+from search.racing.fitness import Fitness, Role, censored_loss
 from search.racing.race import Race
 from search.recipe import Recipe
 from search.same_merge import same_merge
@@ -63,7 +71,12 @@ class Candidate:
     @cached_property
     def work(self) -> str:
         """Equal for candidates whose evaluation is the same, so that one is enough."""
-        return self.recipe_hash if self.learn is None else f"{self.recipe_hash} {self.learn}"
+        found = self.recipe_hash if self.learn is None else f"{self.recipe_hash} {self.learn}"
+        return found if self.race is None or self.race.part is None else f"{found} part {self.race.part}"
+
+
+def _role(candidate: Candidate) -> Role:
+    return "searched" if candidate.genome is not None else "step" if candidate.step else "baseline"
 
 
 class Population:
@@ -197,7 +210,8 @@ class Population:
         if metrics is None or loss >= FAILED_LOSS:
             return Result(loss)
         violation = self.objective.violation(metrics)
-        return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics)
+        parts = {} if self._fitness is None else self._fitness.losses_of_parts(self.objective, metrics, scores)
+        return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics, parts)
 
     def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:
         """Loss and feasibility, or None while the parents that normalise them are not all told.
@@ -238,6 +252,11 @@ class Population:
         None where every candidate is scored on all items.
         """
         return None if self._fitness is None else (self._items_spent, self._fitness.next_items)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether candidates are scored on different parts of the items."""
+        return self._fitness is not None and self._fitness.parts > 1
 
     def cautious(self, candidate: int, loss: float) -> float:
         """A loss, and beside it what may be wrong with it because not all items were scored."""
@@ -304,15 +323,26 @@ class Population:
 
     def _add(self, candidate: Candidate) -> Candidate:
         if self._fitness is not None:
-            race = self._races.get(candidate.work)
-            if race is None:  # a recipe that was there before has the result, and so the race, of the first
-                whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
-                race = self._races[candidate.work] = self._fitness.race(self.objective, whole)
-                self._items_spent += race.items
-                self._first_asked.add(candidate.id)
-            candidate = replace(candidate, race=race)
+            candidate = self._with_race(self._fitness, candidate)
         self._candidates.append(candidate)
         return candidate
+
+    def _with_race(self, fitness: Fitness, candidate: Candidate) -> Candidate:
+        """The candidate and how far it is scored; a recipe that was there before has the race, and the result, of the
+        first."""
+        race = self._races.get(candidate.work)
+        if race is None:
+            whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
+            optimizer: object = self._optimizer
+            if candidate.genome is not None and isinstance(optimizer, PoolsParts):
+                whole = whole or optimizer.wants_all_items()
+            race = fitness.race(self.objective, whole, _role(candidate))
+        asked = replace(candidate, race=race)
+        if asked.work not in self._races:
+            self._races[asked.work] = race
+            self._items_spent += race.items
+            self._first_asked.add(asked.id)
+        return asked
 
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
@@ -330,6 +360,7 @@ class Population:
                 self._space.genes,
                 len(self.objective.terms),
                 self.objective.terms,
+                parts=1 if self._fitness is None else self._fitness.parts,
             )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.

@@ -30,7 +30,7 @@ from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
-from search.racing.fitness import Fitness
+from search.racing.rotation import make_fitness
 from search.recipe import Recipe
 from search.reopening import load_setup
 from search.replay import replay_ordered
@@ -46,6 +46,7 @@ from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.store.spool import Spool
 from search.store.urls import is_url
+from search.trials import may_be_best
 from search.worker_plan import worker_plan
 
 __all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]
@@ -140,7 +141,7 @@ def make_population(setup: Setup, in_flight: int, worker_seed: int | None = None
         seed=setup.config.seed,
         step=search.optimizer.step,
         baselines_only=search.baselines_only,
-        fitness=Fitness(search.fitness, setup.evaluators, items_by, in_flight) if search.fitness.racing else None,
+        fitness=make_fitness(search.fitness, setup.evaluators, items_by, in_flight),
     )
 
 
@@ -422,9 +423,7 @@ def export_trial(
 
 
 def _best_so_far(trials: Mapping[Key, Trial], population: Population, folder: RunFolder) -> int:
-    usable = [
-        t for t in trials.values() if t.items == "search" and t.feasible and t.loss is not None and not t.censored
-    ]
+    usable = [t for t in trials.values() if t.items == "search" and may_be_best(t, population.rotates)]
     if not usable:
         raise UserError(f"run {folder.name} has no feasible trial yet; name one with --trial")
     return min(usable, key=lambda t: (population.cautious(t.candidate, t.loss or 0.0), t.candidate)).candidate

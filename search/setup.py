@@ -29,6 +29,7 @@ from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
 from search.pareto.pick import parse_pick, resolve
 from search.paths.stages import in_two_stages, two_problems
+from search.racing.choice import rotate_faults, rotates
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.sources import merged_dtype, view_models
@@ -161,6 +162,8 @@ def check(
         _check_architecture(checkpoints[BASE], evaluators, faults)
     optimizer = chosen_optimizer(config, space)
     make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
+    for message in rotate_faults(config, optimizer.name):
+        faults.add(("search", "fitness", "rotate"), message)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)
     faults.raise_if_any()
@@ -181,7 +184,9 @@ def check(
     assert space is not None
     assert make_optimizer is not None
     return Setup(
-        config=_absolute(loaded, checkpoints, evaluators, baselines, optimizer),
+        config=_absolute(
+            loaded, checkpoints, evaluators, baselines, optimizer, rotates(config, optimizer.name, metrics)
+        ),
         checkpoints=checkpoints,
         models=models,
         space=make_space(
@@ -423,6 +428,7 @@ def _absolute(
     evaluators: Mapping[str, Evaluator],
     baselines: Mapping[str, BaselineOptions],
     optimizer: OptimizerConfig,
+    rotate: bool,
 ) -> Config:
     """The config with every path absolute and all options, so that the run folder is enough to go on from anywhere."""
     data: dict[str, Any] = loaded.config.model_dump(mode="json")
@@ -438,6 +444,7 @@ def _absolute(
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
     options = options_class(optimizer.name).model_validate(optimizer.options).model_dump(mode="json")
     data["search"]["optimizer"] = {"name": optimizer.name, "step": optimizer.step, **options}
+    data["search"]["fitness"]["rotate"] = rotate
     data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     if not is_url(loaded.config.results):

@@ -24,6 +24,7 @@ from search.store.following import Follower
 from search.store.nodes_file import WorkersState, read_nodes
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
+from search.trials import may_be_best
 from search.utilisation import WorkerUse, together, worker_uses
 
 RATE_TRIALS = 64
@@ -135,7 +136,8 @@ def run_status(folder: RunFolder, follower: Follower | None = None) -> RunStatus
     search = manifest["config"]["search"]
     budget = budget_in_force(_budget_at_start(search), events)
     limits = {name: most for name, most in asdict(budget).items() if most is not None and name != "candidates"}
-    usable = [(t.loss, t) for t in searched if t.feasible and t.loss is not None and not t.censored]
+    rotate = bool(search.get("fitness", {}).get("rotate"))
+    usable = [(t.loss, t) for t in searched if t.loss is not None and may_be_best(t, rotate)]
     best = min(usable, key=lambda pair: (pair[0], pair[1].candidate))[1] if usable else None
     failures = Counter(f"{t.failure_kind}: {t.failure_message}" for t in trials if t.failure_kind)
     verdict = Verdict.from_json(ended.verdict) if ended else None

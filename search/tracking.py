@@ -21,6 +21,7 @@ from search.config import TrackerConfig
 from search.run_log import emit
 from search.store.events import Ask, Trial
 from search.tracker import TRACKERS, TrackedRun, TrackedTrial, Tracker
+from search.trials import may_be_best
 
 QUEUED_TRIALS = 1000
 """Results that may wait for a tracker; more are dropped, and their number is told at the end."""
@@ -33,6 +34,7 @@ class Tracking:
 
     Args:
         entries: `tracking` of the config, checked.
+        rotate: whether candidates are scored on different parts of the items.
         name, folder, config: the run; each tracker gets a folder of its own below `folder`.
         complain: is told, in one line, what is missing or went wrong.
     """
@@ -44,10 +46,12 @@ class Tracking:
         name: str,
         folder: Path,
         config: Mapping[str, Any],
+        rotate: bool = False,
         complain: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._origins: dict[int, str] = {}
         self._best = math.inf
+        self._rotate = rotate
         self._feeds: list[_Feed] = []
 
         def say(text: str) -> None:
@@ -111,7 +115,7 @@ class Tracking:
         self._feeds = []
 
     def _note(self, trial: Trial) -> None:
-        if trial.items == "search" and trial.feasible and trial.loss is not None:
+        if trial.items == "search" and trial.loss is not None and may_be_best(trial, self._rotate):
             self._best = min(self._best, trial.loss)
 
 

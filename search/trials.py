@@ -31,6 +31,17 @@ def _written_out(candidate: Candidate) -> str:
     return json.dumps(rules, separators=(",", ":"))
 
 
+def may_be_best(trial: Trial, rotate: bool) -> bool:
+    """Whether a trial on the search items can be the best one: not where it was stopped early, and not where it has
+    other items than the rest: the best of many rough estimates is the luckiest one.
+
+    Args:
+        rotate: `search.fitness.rotate` of the run.
+    """
+    complete = not trial.censored and not (rotate and trial.scored is not None)
+    return trial.feasible and trial.loss is not None and complete
+
+
 def trial_event(outcome: Outcome, judgement: Judgement | None, feasible: bool, scored: int | None = None) -> Trial:
     """The record of a result; no judgement while the parents that normalise the loss are not all known."""
     return Trial(

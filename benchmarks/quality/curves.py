@@ -9,6 +9,7 @@ import numpy as np
 
 from search.population import SEARCHED
 from search.store.events import Ask, Event, Trial
+from search.trials import may_be_best
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class Step:
     candidate: int
 
 
-def incumbents(events: Iterable[Event], from_zero: bool) -> tuple[list[Step], int]:
+def incumbents(events: Iterable[Event], from_zero: bool, rotate: bool) -> tuple[list[Step], int]:
     """The best known candidates, and the item-evaluations in all.
 
-    A candidate that repeats an earlier recipe costs nothing. One whose evaluation was stopped is no best.
+    A candidate that repeats an earlier recipe costs nothing. One whose evaluation was stopped is no best, as for the
+    program itself.
 
     Args:
         from_zero: whether candidates of generation 0 count, as costs and as best ones.
+        rotate: whether candidates were scored on different parts of the items.
     """
     origins: dict[int, str] = {}
     steps: list[Step] = []
@@ -38,8 +41,7 @@ def incumbents(events: Iterable[Event], from_zero: bool) -> tuple[list[Step], in
                 continue
             if event.attempts:
                 items += sum(len(scores.items) for scores in event.scores.values())
-            usable = event.loss is not None and event.feasible and not getattr(event, "censored", False)
-            if usable and event.loss is not None and event.loss < best:
+            if event.loss is not None and may_be_best(event, rotate) and event.loss < best:
                 best = event.loss
                 steps.append(Step(items, event.candidate))
     return steps, items

@@ -40,6 +40,8 @@ METHODS = (
     Method("auto_racing", {"optimizer": "auto", "fitness": {"racing": True}}),
     Method("full_cma", {"optimizer": "full_cma"}),
     Method("full_cma_racing", {"optimizer": "full_cma", "fitness": {"racing": True}}),
+    Method("gaussian_process", {"optimizer": "gaussian_process"}),
+    Method("gaussian_process_all_items", {"optimizer": "gaussian_process", "fitness": {"rotate": False}}),
     Method("natural_niches", {"optimizer": "natural_niches"}),
     Method("map_elites", {"optimizer": "map_elites"}),
 )

@@ -119,7 +119,7 @@ def table_curve(landscape_name: str, method: Method, seed: int, budget: int, fol
     run = search(config, method, seed, folder / "runs" / Path(landscape_name).stem)
     if isinstance(run, str):
         return run
-    steps, items = incumbents(run.events(), method.from_zero)
+    steps, items = incumbents(run.events(), method.from_zero, _rotates(run))
     found = _live_models(run, steps, lambda model: quality(landscape, point_of(model, landscape)))
     return Curve(method.name, seed, steps, found, items, _asked(run), time.perf_counter() - began)
 
@@ -131,7 +131,7 @@ def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) 
     if isinstance(run, str):
         return run
     seconds = time.perf_counter() - began
-    steps, items = incumbents(run.events(), method.from_zero)
+    steps, items = incumbents(run.events(), method.from_zero, _rotates(run))
     known = folder / f"{method.name}-{seed}.certified.json"
     if known.exists():
         found = {int(key): value for key, value in json.loads(known.read_text()).items()}
@@ -163,6 +163,10 @@ def _live_models(run: RunFolder, steps: list[Step], measure: Callable[[Any], flo
         body._merger.merge_into(population.candidate(candidate).recipe, body._targets)
         found[candidate] = measure(body._model.model)
     return found
+
+
+def _rotates(run: RunFolder) -> bool:
+    return bool(read_manifest(run)["config"]["search"]["fitness"]["rotate"])
 
 
 def _setup(run: RunFolder) -> Any:

@@ -76,20 +76,26 @@ class Stratum:
         if not keep:
             self._since_fit = 0
 
-    def estimate(self, scores: Matrix, weights: Vector) -> Estimated:
-        """What a candidate would have on all items, from its scores on the first ones, (n_seen, n_metrics)."""
+    def estimate(self, scores: Matrix, weights: Vector, begin: int = 0) -> Estimated:
+        """What a candidate would have on all items, from its scores on some, (n_seen, n_metrics), `begin` and those
+        after it in the order of the run."""
         if len(scores) == self.total:
             values = weights @ scores / weights.sum()
             return Estimated(values, scores - values)
-        columns = [self._column(scores[:, metric], weights, metric) for metric in range(scores.shape[1])]
+        columns = [self._column(scores[:, metric], weights, metric, begin) for metric in range(scores.shape[1])]
         residuals = [rest for _, rest in columns] or [np.zeros((len(scores), 0))]
         return Estimated(np.array([value for value, _ in columns]), np.column_stack(residuals))
 
-    def _column(self, seen: Vector, weights: Vector, metric: int) -> tuple[float, Vector]:
+    def _column(self, seen: Vector, weights: Vector, metric: int, begin: int) -> tuple[float, Vector]:
         count = len(seen)
         plain = float(weights @ seen / weights.sum())
         if self._estimate == "none" or self.weights is None or len(self._parents) + len(self._others) < 2:
             return plain, seen - plain
+        if begin:
+            everyone = np.roll(self._known(metric), -begin, axis=1)
+            rolled = np.roll(self.weights, -begin)
+            predicted = ControlVariates(everyone, rolled).predict(seen)
+            return corrected_mean(predicted, seen - predicted[:count], rolled), seen - predicted[:count]
         if metric not in self._models:
             self._models[metric] = self._make(metric)
         model, by_items = self._models[metric]
@@ -104,7 +110,11 @@ class Stratum:
 
     def _make(self, metric: int) -> tuple[Model, bool]:
         assert self.weights is not None
-        known = np.stack([scores[:, metric] for scores in (*self._parents, *self._others)])
+        known = self._known(metric)
         if self._estimate != "control_variate" and bool(np.isin(known, (0.0, 1.0)).all()):
             return MergedAbility(known, self.weights), True
         return ControlVariates(known, self.weights), False
+
+    def _known(self, metric: int) -> Matrix:
+        """(n_known, total) scores of those that were scored on all items."""
+        return np.stack([scores[:, metric] for scores in (*self._parents, *self._others)])

@@ -19,6 +19,12 @@ class FitnessConfig(BaseModel):
         description="score candidates on subsets of the search items that grow as the search converges, and stop those "
         "that are worse than the best so far beyond chance; parents and base are always scored on all items",
     )
+    rotate: bool | None = Field(
+        None,
+        description="score every candidate on one part of the search items, each on another part, and now and then the "
+        "best on all of them; by default true with an optimiser that puts parts together (gaussian_process), where "
+        "every metric of the objective has values per item and there are no constraints",
+    )
     estimate: Estimate = Field(
         "auto",
         description="how racing makes scores of a subset into metrics of all items. none: the mean of the subset; "
@@ -26,12 +32,16 @@ class FitnessConfig(BaseModel):
         "models of 0/1 scores; auto: control_variate, which was the best of them in simulations",
     )
     first: float = Field(
-        0.05, gt=0, le=1, description="share of an evaluator's search items on which racing scores the first candidates"
+        0.05,
+        gt=0,
+        le=1,
+        description="share of an evaluator's search items on which racing scores the first candidates, or of a part",
     )
     smallest: int = Field(
         8,
         ge=2,
-        description="fewest items per evaluator in racing; evaluators with at most so many are always scored whole",
+        description="fewest items per evaluator in racing; evaluators with at most so many are always scored whole. "
+        "A part of rotate has fewer, at least 3",
     )
     growth: float = Field(
         1.5, gt=1, le=100, allow_inf_nan=False, description="factor between one number of items and the next one"

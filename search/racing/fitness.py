@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from search.racing.race import Race, Reference
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+
+Role = Literal["baseline", "step", "searched"]
+"""What a candidate is: of generation 0, an attempt by which one of generation 0 decides, or of the optimiser."""
 
 CAUTION = 1.0
 """A candidate is as good as its estimate and so many standard errors, where the best is looked for."""
@@ -68,11 +72,22 @@ class Fitness:
         self._estimated: dict[str, tuple[Scores, int, Estimated]] = {}
 
     @property
+    def parts(self) -> int:
+        """Into how many parts the items are cut, each of which is enough for a candidate."""
+        return 1
+
+    def losses_of_parts(
+        self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]
+    ) -> dict[int, float]:
+        """Part -> what a candidate lost there; see `Result.parts`."""
+        return {}
+
+    @property
     def next_items(self) -> int:
         """Items that the next candidate of the optimiser is scored on at most."""
         return sum(self.ladder.sizes(self._levels.rung).values())
 
-    def race(self, objective: Objective, whole: bool) -> Race:
+    def race(self, objective: Objective, whole: bool, role: Role = "searched") -> Race:
         """How far a candidate that is asked for now is scored; `whole`: on all items, whatever it has on some."""
         # All of them, also where it cannot be stopped: what is scored together decides over the last bits of scores.
         top = len(self.ladder.rungs) - 1 if whole else self._levels.rung
@@ -162,7 +177,7 @@ class Fitness:
         known = self._estimated.get(name)
         if known is not None and known[0] is block and known[1] == self._learned:
             return known[2]
-        found = self._strata[name].estimate(*self._in_order(name, block))
+        found = self._strata[name].estimate(*self._in_order(name, block), self._begin(name, block))
         self._estimated[name] = block, self._learned, found
         return found
 
@@ -204,6 +219,10 @@ class Fitness:
             for metric, factor in factors.items()
         ]
         return sum(widths)
+
+    def _begin(self, name: str, block: Scores) -> int:
+        """Where the items that were seen begin, in the order of the run."""
+        return 0
 
     def _in_order(self, name: str, block: Scores) -> tuple[Matrix, Vector]:
         """Scores as (n_seen, n_metrics), and weights, in the order of the run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,15 +115,23 @@ class Race:
     Attributes:
         rungs: evaluator -> numbers of items after which a candidate may end; the last is as far as it goes.
         reference: what it is compared with after every rung but the last; None: it is not stopped.
+        begin: evaluator -> where its items begin, in the order of the run.
+        part: which part of the items these are; None: not one of those that are taken in turn.
     """
 
     rungs: tuple[Mapping[str, int], ...]
     reference: Reference | None = field(default=None, repr=False)
+    begin: Mapping[str, int] = field(default_factory=dict)
+    part: int | None = None
 
     @property
     def items(self) -> int:
         """Items that are scored at most."""
         return sum(self.rungs[-1].values())
+
+    def chosen(self, evaluator: str, order: Sequence[str]) -> Sequence[str]:
+        """The items of an evaluator from which the rungs are taken, from all in the order of the run."""
+        return order[self.begin.get(evaluator, 0) :]
 
     def stops(self, rung: int, scores: Mapping[str, Scores]) -> bool:
         """Whether a candidate ends after a rung although there are more."""

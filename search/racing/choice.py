@@ -1,0 +1,46 @@
+"""Whether candidates of a config are scored on parts of the items, which the optimiser must be able to put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from evaluators.base import Metric
+from search.config import Config
+from search.optimizer import OPTIMIZERS, PoolsParts
+
+
+def rotate_faults(config: Config, optimizer: str) -> Iterator[str]:
+    """What is wrong with `search.fitness.rotate: true`."""
+    fitness = config.search.fitness
+    if not fitness.rotate:
+        return
+    if fitness.racing:
+        yield "racing scores all candidates on the same items, rotate each on others; choose one of them"
+    if config.constraints:
+        yield "whether a constraint is kept cannot be seen on a few items; leave rotate out"
+    if not _pools_parts(config, optimizer):
+        yield (
+            f"the optimizer '{optimizer}' takes every score as it is and cannot put those of different items together; "
+            "use gaussian_process, or leave rotate out"
+        )
+
+
+def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bool:
+    """Whether candidates are scored on parts of the items; where the config leaves it open, if that serves it.
+
+    Args:
+        optimizer: its name, once `auto` is resolved.
+    """
+    fitness = config.search.fitness
+    if fitness.rotate is not None:
+        return fitness.rotate
+    by_item = all(metrics[term.metric].per_item for term in config.objectives.terms)
+    return _pools_parts(config, optimizer) and by_item and not (fitness.racing or config.constraints)
+
+
+def _pools_parts(config: Config, optimizer: str) -> bool:
+    """Whether one optimiser has the whole genome and knows parts."""
+    path = config.space.path
+    if path is not None and path.stage == "after":
+        return False
+    return optimizer in OPTIMIZERS.names() and hasattr(OPTIMIZERS.get(optimizer), PoolsParts.wants_all_items.__name__)

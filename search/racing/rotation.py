@@ -1,0 +1,119 @@
+"""A fitness that scores every candidate on one part of the items, and the next one on another part.
+
+Every comparison of two candidates on one part is as rough as the part is small; but an optimiser that puts all of them
+together has seen every item after some dozens of candidates, for the price of a few that are scored on all items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from evaluators.base import Evaluator, Scores
+from search.objective import Objective
+from search.racing.config import FitnessConfig
+from search.racing.fitness import Fitness, Role, Vector, coefficients_of
+from search.racing.race import Race
+from search.seeds import derive_seed
+
+SMALLEST = 3
+"""Items per evaluator of a part, at least; evaluators with at most so many are scored whole."""
+
+
+class Rotation(Fitness):
+    """See `Fitness`. Candidates of generation 0 are all scored on the first part, so that they can be compared; what
+    decides inside a baseline is scored on all items, as are parents and base."""
+
+    def __init__(self, config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> None:
+        super().__init__(config, evaluators, seed, window)
+        self._totals = dict(self.ladder.totals)
+        cut = [total for total in self._totals.values() if total > SMALLEST]
+        share = max(config.first, SMALLEST / min(cut)) if cut else 1.0
+        self._parts = max(int(1 / share + 1e-9), 1)
+        self._random = np.random.Generator(np.random.PCG64(derive_seed(seed, "parts")))
+        self._turn: list[int] = []
+
+    @property
+    def parts(self) -> int:
+        return self._parts
+
+    @property
+    def next_items(self) -> int:
+        return sum(self._totals.values())
+
+    def race(self, objective: Objective, whole: bool, role: Role = "searched") -> Race:
+        if whole or role == "step" or self._parts == 1:
+            return Race((self._totals,))
+        part = 0
+        if role == "searched":
+            if not self._turn:
+                self._turn = self._random.permutation(self._parts).tolist()
+            part = self._turn.pop()
+        edges = {name: self._edges(name, part) for name in self._totals}
+        sizes = {name: end - begin for name, (begin, end) in edges.items()}
+        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()}, part=part)
+
+    def losses_of_parts(
+        self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]
+    ) -> dict[int, float]:
+        if self._parts == 1:
+            return {}
+        coefficients = coefficients_of(objective)
+        chosen = range(self._parts) if self.is_whole(scores) else [self._part_of(scores)]
+        found = dict.fromkeys(chosen, 0.0)
+        for name, factors in coefficients.items():
+            matrix, weights = self._in_order(name, scores[name])
+            influence = self._row(name, matrix, factors)
+            first = self._begin(name, scores[name])
+            for part in chosen:
+                begin, end = self._edges(name, part)
+                here = slice(begin - first, end - first)
+                # So that the mean over all parts is the weighted mean over all items, whatever their sizes.
+                scale = 1.0 if self._is_uncut(name) else self._parts * self._share(name, weights[here])
+                found[part] += scale * float(np.average(influence[here], weights=weights[here]))
+        return found
+
+    def rank(
+        self,
+        candidate: int,
+        objective: Objective,
+        loss: float,
+        scores: Mapping[str, Scores],
+        *,
+        searched: bool,
+        may_lead: bool,
+    ) -> None:
+        if scores:
+            self._errors[candidate] = self._residuals(scores, coefficients_of(objective))[1]
+
+    def _is_uncut(self, name: str) -> bool:
+        return self._totals[name] <= SMALLEST or self._totals[name] < self._parts
+
+    def _edges(self, name: str, part: int) -> tuple[int, int]:
+        total = self._totals[name]
+        if self._is_uncut(name):
+            return 0, total
+        return total * part // self._parts, total * (part + 1) // self._parts
+
+    def _part_of(self, scores: Mapping[str, Scores]) -> int:
+        """The part that was scored, by where its items begin."""
+        name = next(name for name in self._totals if not self._is_uncut(name))
+        begin = self._begin(name, scores[name])
+        return next(part for part in range(self._parts) if self._edges(name, part)[0] == begin)
+
+    def _begin(self, name: str, block: Scores) -> int:
+        first = set(block.items)
+        return next((place for place, item in enumerate(self._orders[name]) if item in first), 0)
+
+    def _share(self, name: str, weights: Vector) -> float:
+        """Of the weight of all items."""
+        everything = self._strata[name].weights
+        return len(weights) / self._totals[name] if everything is None else float(weights.sum() / everything.sum())
+
+
+def make_fitness(config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> Fitness | None:
+    """The fitness of a config; None where every candidate is scored on all items."""
+    if config.rotate:
+        return Rotation(config, evaluators, seed, window)
+    return Fitness(config, evaluators, seed, window) if config.racing else None
