@@ -31,6 +31,7 @@ from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
 from search.racing.fitness import Fitness
+from search.racing.front import FrontFitness
 from search.recipe import Recipe
 from search.reopening import load_setup
 from search.replay import replay_ordered
@@ -130,6 +131,7 @@ def make_population(setup: Setup, in_flight: int, worker_seed: int | None = None
     """
     search = setup.config.search
     items_by = setup.config.seed if worker_seed is None else worker_seed
+    kind = FrontFitness if setup.objective.pareto else Fitness
     return Population(
         setup.space,
         setup.objective,
@@ -140,7 +142,7 @@ def make_population(setup: Setup, in_flight: int, worker_seed: int | None = None
         seed=setup.config.seed,
         step=search.optimizer.step,
         baselines_only=search.baselines_only,
-        fitness=Fitness(search.fitness, setup.evaluators, items_by, in_flight) if search.fitness.racing else None,
+        fitness=kind(search.fitness, setup.evaluators, items_by, in_flight) if search.fitness.racing else None,
     )
 
 
