@@ -135,8 +135,8 @@ def _grid(low_x: float, high_x: float, x: Axis, low_y: float, high_y: float, y: 
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers in [low, high], about five: multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / 5
+    """Round numbers in [low, high], four to eight: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 8
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     return [float(f"{k * step:.12g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
