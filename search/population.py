@@ -288,6 +288,7 @@ class Population:
                 by_item,
                 searched=one.genome is not None and judgement.feasible,
                 may_lead=judgement.feasible and not stopped,
+                losses=self.objective.losses(found),
             )
         self._unranked.clear()
 
@@ -368,7 +369,8 @@ class Population:
         suggested = [start]
         if self.objective.pareto:
             # The ends of a front are near the parents, far from the best mean.
-            front = front_ids(self.objective, {id_: self._metrics[id_] for id_ in self._weights})
+            scored = {id_: self._metrics[id_] for id_ in self._weights if id_ not in self._stopped}
+            front = front_ids(self.objective, scored)
             suggested += [end for id_ in front if (end := self._suggested(id_)) is not None]
         for genome in dict.fromkeys(suggested):
             if genome not in handed:

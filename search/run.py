@@ -30,7 +30,7 @@ from search.pool import Outcome, Pool, WorkerPlan
 from search.population import Candidate, Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
-from search.racing.rotation import make_fitness
+from search.racing.kinds import make_fitness
 from search.recipe import Recipe
 from search.reopening import load_setup
 from search.replay import replay_ordered
@@ -141,7 +141,7 @@ def make_population(setup: Setup, in_flight: int, worker_seed: int | None = None
         seed=setup.config.seed,
         step=search.optimizer.step,
         baselines_only=search.baselines_only,
-        fitness=make_fitness(search.fitness, setup.evaluators, items_by, in_flight),
+        fitness=make_fitness(search.fitness, setup.evaluators, items_by, in_flight, front=setup.objective.pareto),
     )
 
 

@@ -235,12 +235,6 @@ def _check_gpus(config: Config, faults: _Faults) -> None:
 def _check_racing(config: Config, metrics: Mapping[str, Metric], faults: _Faults) -> None:
     if not config.search.fitness.racing:
         return
-    if config.objectives.search == "pareto":
-        faults.add(
-            ("search", "fitness", "racing"),
-            "a race stops what has a worse weighted mean, which may well be on the front; leave racing out, or use "
-            "search: weighted in the objectives",
-        )
     for term in config.objectives.terms:
         if term.metric in metrics and not metrics[term.metric].per_item:
             evaluator = term.metric.partition(".")[0]

@@ -151,6 +151,18 @@ def test_an_expression_picks_the_point_that_it_says(text: str, chosen: int) -> N
     assert choose(front, resolve(parse_pick(text), METRICS)).candidate == chosen
 
 
+def test_of_points_that_are_equally_short_the_one_with_the_smallest_losses_is_picked() -> None:
+    front = Front(
+        "select",
+        ("a.nll", "b.nll", "cost.layers"),
+        tuple(
+            FrontPoint(id_, "search", losses, dict(zip(("a.nll", "b.nll", "cost.layers"), losses, strict=True)))
+            for id_, losses in enumerate([(0.1, 0.9, 3.0), (0.3, 0.3, 3.0), (0.2, 0.2, 4.0), (0.9, 0.1, 3.0)])
+        ),
+    )
+    assert choose(front, parse_pick("a.nll <= 0.5, min cost.layers")).candidate == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -16,6 +16,7 @@ from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
 from search.local_pool import LocalPool
 from search.optimizers.natural_niches import NaturalNiches
+from search.pareto.recorded import tracked_front
 from search.pool import Pool, WorkerPlan
 from search.progress import Progress
 from search.replay import replay_ordered
@@ -150,10 +151,29 @@ def searched(events: list[Event]) -> dict[int, Trial]:
     return {event.candidate: event for event in events if isinstance(event, Trial) and event.items == "search"}
 
 
-def test_a_front_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:
-    racing_config["objectives"]["search"] = "pareto"
-    with pytest.raises(ConfigError, match=r"search.yaml:\d+:\d+: search.fitness.racing: a race stops what has a worse"):
-        checked(racing_config, tmp_path)
+def test_a_front_is_raced_to_the_end_of_all_items_unless_it_dominates_and_repeats_exactly(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["evaluators"]["cost"] = {"use": "cost"}
+    racing_config["objectives"] = {"search": "pareto", "terms": ["python.nll", "english.nll", "cost.layers"]}
+    # Only two of the domains are asked for, so that many candidates are dominated.
+    racing_config["search"]["optimizer"] = "random_search"
+    setup = checked(racing_config, tmp_path)
+    whole = start(setup, pool_of(1), Quiet(), "whole")
+    trials = searched(whole.folder.events())
+    stopped = {id_: trial for id_, trial in trials.items() if trial.censored}
+    assert len(stopped) >= 3
+    assert all(trial.scored is None for id_, trial in trials.items() if id_ not in stopped)
+    assert all(trial.scored is not None and trial.scored < 3 * 48 + 1 for trial in stopped.values())
+    parents = {number: f"parent:{name}" for number, name in enumerate(DOMAINS)}
+    tracked = tracked_front(whole.folder.manifest(), trials.values(), parents)
+    assert tracked is not None
+    assert not {point.candidate for point in tracked.front().points} & set(stopped)
+    with pytest.raises(InterruptedRun):
+        start(setup, pool_of(2), Quiet(stop_after=28), "stopped")
+    folder = RunFolder(whole.folder.path.parent / "stopped")
+    resume(folder, pool_of(2), Quiet())
+    assert contents(folder) == contents(whole.folder)
 
 
 def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:

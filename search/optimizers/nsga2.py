@@ -3,8 +3,13 @@ al. 2009, "On the effect of the steady-state selection scheme in multi-objective
 
 Every result enters the population at once; when that is full, the most crowded point of its last front leaves it.
 Parents win binary tournaments by constrained domination, then by crowding distance. Children come from simulated
-binary crossover and polynomial mutation in the unit box (Deb & Agrawal 1995); genes that are no real numbers are taken
-from either parent and mutate to any value.
+binary crossover (Deb & Agrawal 1995, Complex Systems 9) and polynomial mutation (Deb & Goyal 1996, Computer Science and
+Informatics 26) in the unit box; genes that are no real numbers are taken from either parent and mutate to any value.
+
+nevergrad's own mode for several losses is not used. It turns them into one, the hypervolume with all points so far, up
+to the worst of the first 15, so the loss of a point depends on what came before it; only differential evolution looks
+at the losses themselves, in a version that its source calls very basic and experimental; and constraints are penalties
+on that one loss, not feasibility first (nevergrad 1.0.12, `multiobjective/core.py` and `differentialevolution.py`).
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from search.pareto.dominance import Losses
 
 
 def knee(losses: Losses) -> int:
-    """Index of the point of a front that lies furthest below the plane through its extremes (Das, "On
-    characterizing the knee of the Pareto curve", Structural Optimization 18, 1999).
+    """Index of the point of a front that lies furthest below the plane through its extremes (Das 1999, "On
+    characterizing the 'knee' of the Pareto curve based on normal-boundary intersection",
+    https://doi.org/10.1007/BF01195985).
 
     Every term is scaled to 0 for the best and 1 for the worst point of the front; the plane is that on which the
     scaled losses sum to 1. With two terms it is the line through the two extreme points. Among points that are

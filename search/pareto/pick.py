@@ -110,7 +110,8 @@ def _full(name: str, known: Sequence[str]) -> str:
 
 
 def choose(front: Front, pick: Pick) -> FrontPoint:
-    """The point of a front that an expression with full names means; of equal ones the first candidate.
+    """The point of a front that an expression with full names means; of those that are equally good at the goal
+    the one with the smallest sum of losses, then the first candidate.
 
     Raises:
         UserError: the front is empty, or none of its points keeps the bounds; the message names the closest.
@@ -129,7 +130,8 @@ def choose(front: Front, pick: Pick) -> FrontPoint:
     if pick.goal == "knee":
         return kept[knee(Front(front.items, front.metrics, tuple(kept)).losses())]
     sign = 1.0 if pick.goal == "min" else -1.0
-    return min(kept, key=lambda point: (sign * point.metrics[pick.metric], point.candidate))
+    # Many have the same number of layers: of these the one that is best in all terms together.
+    return min(kept, key=lambda point: (sign * point.metrics[pick.metric], sum(point.losses), point.candidate))
 
 
 def _missed(point: FrontPoint, pick: Pick) -> float:

@@ -39,8 +39,8 @@ def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bo
 
 
 def _pools_parts(config: Config, optimizer: str) -> bool:
-    """Whether one optimiser has the whole genome and knows parts."""
+    """Whether one optimiser has the whole genome, searches for one best merge, and knows parts."""
     path = config.space.path
-    if path is not None and path.stage == "after":
+    if config.objectives.search == "pareto" or (path is not None and path.stage == "after"):
         return False
     return optimizer in OPTIMIZERS.names() and hasattr(OPTIMIZERS.get(optimizer), PoolsParts.wants_all_items.__name__)

@@ -17,7 +17,9 @@ class FitnessConfig(BaseModel):
     racing: bool = Field(
         False,
         description="score candidates on subsets of the search items that grow as the search converges, and stop those "
-        "that are worse than the best so far beyond chance; parents and base are always scored on all items",
+        "that are worse than the best so far beyond chance; parents and base are always scored on all items. Where a "
+        "front is searched, whoever is not stopped is scored on all items, so that the front is exact, and only those "
+        "are stopped that a member of the front beats in every term beyond chance",
     )
     rotate: bool | None = Field(
         None,
@@ -57,5 +59,5 @@ class FitnessConfig(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="the subset grows when the standard error of a comparison exceeds this share of the spread of the "
-        "latest candidates",
+        "latest candidates; a search for a front always goes on to all items",
     )

@@ -6,7 +6,7 @@ Everything here is a function of what was asked and told, in that order, so a hi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +36,8 @@ _ROUGHLY = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class _Best:
-    """The best candidate so far: cautious loss, loss, and its scores in the order of the run."""
+class Best:
+    """A candidate that others may be compared with: cautious loss, loss, and its scores in the order of the run."""
 
     cautious: float
     loss: float
@@ -65,7 +65,7 @@ class Fitness:
         self.ladder = Ladder.of({name: len(order) for name, order in self._orders.items()}, config)
         self._strata = {name: Stratum(total, config.estimate) for name, total in self.ladder.totals.items()}
         self._levels = Levels(self.ladder, config.precision, window)
-        self._best: _Best | None = None
+        self._best: Best | None = None
         self._reference: Reference | None = None
         self._errors: dict[int, float] = {}
         self._learned = 0
@@ -95,7 +95,7 @@ class Fitness:
         if whole or len(rungs) < 2 or objective.needs_parents or self._best is None:
             return Race(rungs)
         if self._reference is None:
-            self._reference = self._reference_of(self._best, objective)
+            self._reference = self.reference_of(self._best, coefficients_of(objective))
         return Race(rungs, self._reference)
 
     def estimated(self, metrics: Mapping[str, float], scores: Mapping[str, Scores]) -> Mapping[str, float]:
@@ -134,6 +134,7 @@ class Fitness:
         *,
         searched: bool,
         may_lead: bool,
+        losses: Sequence[float],
     ) -> None:
         """Take note of the loss of a candidate, in the order of the history, once the objective is normalised.
 
@@ -141,6 +142,7 @@ class Fitness:
             loss: what the optimiser is told of it.
             searched: whether the optimiser asked for it.
             may_lead: whether others may be compared with it: it keeps the constraints and was not stopped.
+            losses: normalised loss of every term; only a front needs them.
         """
         if not scores:
             return
@@ -149,9 +151,12 @@ class Fitness:
         if searched:
             self._levels.told(Seen(loss, residuals))
         if may_lead and (self._best is None or loss + CAUTION * error < self._best.cautious):
-            ordered = {name: self._in_order(name, block)[0] for name, block in scores.items()}
-            self._best = _Best(loss + CAUTION * error, loss, ordered)
+            self._best = self.best_of(loss + CAUTION * error, loss, scores)
             self._reference = None
+
+    def best_of(self, cautious: float, loss: float, scores: Mapping[str, Scores]) -> Best:
+        """A candidate with its scores in the order of the run."""
+        return Best(cautious, loss, {name: self._in_order(name, block)[0] for name, block in scores.items()})
 
     def cautious(self, candidate: int, loss: float) -> float:
         """The loss of a candidate and its standard error, which is 0 where all items were scored."""
@@ -181,8 +186,8 @@ class Fitness:
         self._estimated[name] = block, self._learned, found
         return found
 
-    def _reference_of(self, best: _Best, objective: Objective) -> Reference:
-        coefficients = coefficients_of(objective)
+    def reference_of(self, best: Best, coefficients: Mapping[str, Mapping[str, float]]) -> Reference:
+        """What others are compared with in a sum of scores with these coefficients, see `coefficients_of`."""
         influence, mean_weights, low, variance = {}, {}, 0.0, 0.0
         for name, factors in coefficients.items():
             row = self._row(name, best.scores[name], factors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,17 @@ from evaluators.base import Scores
 from search.racing.bounds import betting_log_wealth, mixture_log_evidence
 
 Vector = NDArray[np.float64]
+
+
+class Opponent(Protocol):
+    """What a candidate is compared with while it is scored."""
+
+    @property
+    def loss(self) -> float:
+        """A stopped candidate is told as no better than this."""
+
+    def loses(self, scores: Mapping[str, Scores]) -> bool:
+        """Whether a candidate with these scores on the first items is worse, beyond chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +57,20 @@ class Reference:
     alpha: float
 
     def loses(self, scores: Mapping[str, Scores]) -> bool:
-        """Whether a candidate with these scores on the first items is worse, beyond chance.
+        """Whether a candidate with these scores on the first items is worse, beyond chance."""
+        return self.log_evidence(scores) >= -math.log(self.alpha)
+
+    def log_evidence(self, scores: Mapping[str, Scores]) -> float:
+        """Logarithm of the evidence that a candidate with these scores on the first items is worse: the largest so far
+        of an e-process, infinite where it is known, minus infinity where too little is seen.
 
         Evaluators are independent strata; of those that were scored whole the difference is known. Bounded scores are
         tested by betting on blocks of items, which holds for any sample; others by a normal mixture with the variance
         of the stratified mean.
         """
-        differences: dict[str, Vector] = {}
-        for name, factors in self.coefficients.items():
-            block = scores[name]
-            if len(block.items) > len(self.influence[name]):
-                return False
-            own = sum((factor * block.values[metric] for metric, factor in factors.items()), np.zeros(len(block.items)))
-            differences[name] = own - self.influence[name][: len(block.items)]
-        limit = -math.log(self.alpha)
+        differences = self.differences(scores)
+        if differences is None:
+            return -math.inf
         if self.low is not None:
             known = sum(
                 float(scores[name].weights @ difference / (scores[name].weights.sum() or 1.0))
@@ -66,15 +78,15 @@ class Reference:
                 if self._is_whole(name, difference)
             )
             if self.low + known > 0:
-                return True  # whatever the other items are
+                return math.inf  # whatever the other items are
             composite = known + self._composite(differences, scores)
             low = min(self.low + known, -1e-9 * abs(self.low))
-            return bool((betting_log_wealth(composite, low, self.blocks) >= limit).any())
+            return float(betting_log_wealth(composite, low, self.blocks).max(initial=-math.inf))
         mean = variance = 0.0
         for name, difference in differences.items():
             weights, count = scores[name].weights, len(difference)
             if weights.sum() <= 0 or (count < 2 and not self._is_whole(name, difference)):
-                return False
+                return -math.inf
             here = float(weights @ difference / weights.sum())
             mean += here
             if self._is_whole(name, difference):
@@ -83,7 +95,29 @@ class Reference:
             # A small sample knows its variance badly: (n + 1) / (n - 1) is roughly what a t test allows for.
             spread = float(around @ around) / (count - 1) * (count + 1) / (count - 1)
             variance += (1 - count / self.totals[name]) * spread / count
-        return mixture_log_evidence(mean, variance, self.scale) >= limit
+        return mixture_log_evidence(mean, variance, self.scale)
+
+    def differences(self, scores: Mapping[str, Scores]) -> dict[str, Vector] | None:
+        """Evaluator -> (n_seen,) influence of the candidate minus that of the reference; None where the reference was
+        scored on fewer items."""
+        found: dict[str, Vector] = {}
+        for name, factors in self.coefficients.items():
+            block = scores[name]
+            if len(block.items) > len(self.influence[name]):
+                return None
+            own = sum((factor * block.values[metric] for metric, factor in factors.items()), np.zeros(len(block.items)))
+            found[name] = own - self.influence[name][: len(block.items)]
+        return found
+
+    def known_difference(self, scores: Mapping[str, Scores]) -> float | None:
+        """The difference of the losses; None where not all items were scored."""
+        found = self.differences(scores)
+        if found is None or not all(self._is_whole(name, difference) for name, difference in found.items()):
+            return None
+        return sum(
+            float(scores[name].weights @ difference / (scores[name].weights.sum() or 1.0))
+            for name, difference in found.items()
+        )
 
     def _is_whole(self, name: str, difference: Vector) -> bool:
         """Whether these are all items of an evaluator: nothing is asked after the last rung, so it has few."""
@@ -120,7 +154,7 @@ class Race:
     """
 
     rungs: tuple[Mapping[str, int], ...]
-    reference: Reference | None = field(default=None, repr=False)
+    reference: Opponent | None = field(default=None, repr=False)
     begin: Mapping[str, int] = field(default_factory=dict)
     part: int | None = None
 

@@ -6,7 +6,7 @@ together has seen every item after some dozens of candidates, for the price of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -83,6 +83,7 @@ class Rotation(Fitness):
         *,
         searched: bool,
         may_lead: bool,
+        losses: Sequence[float],
     ) -> None:
         if scores:
             self._errors[candidate] = self._residuals(scores, coefficients_of(objective))[1]
@@ -110,10 +111,3 @@ class Rotation(Fitness):
         """Of the weight of all items."""
         everything = self._strata[name].weights
         return len(weights) / self._totals[name] if everything is None else float(weights.sum() / everything.sum())
-
-
-def make_fitness(config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> Fitness | None:
-    """The fitness of a config; None where every candidate is scored on all items."""
-    if config.rotate:
-        return Rotation(config, evaluators, seed, window)
-    return Fitness(config, evaluators, seed, window) if config.racing else None
