@@ -170,7 +170,8 @@ def main() -> None:
             print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     except UserError as error:
         raise SystemExit(str(error)) from error
-    write(with_earlier(rows, arguments.out), arguments.out, arguments.gib)
+    earlier = [name for name in SEQUENCES if name not in arguments.sequences]
+    write(with_earlier(rows, arguments.out), arguments.out, arguments.gib, earlier)
 
 
 def with_earlier(rows: Sequence[Row], out: Path) -> list[Row]:
@@ -184,8 +185,8 @@ def with_earlier(rows: Sequence[Row], out: Path) -> list[Row]:
     return sorted(every, key=lambda row: list(SEQUENCES).index(row["sequence"].partition(",")[0]))
 
 
-def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float) -> None:
-    """Print the table and put it beside the others of the project."""
+def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Sequence[str]) -> None:
+    """Print the table and put it beside the others of the project; `earlier`: sequences of an earlier run."""
     import pyarrow
     import pyarrow.parquet
 
