@@ -162,7 +162,7 @@ def costs(samples: Path) -> list[Row]:
     setup = setup_of(samples, 0, 10, (path,))
     bench, space = Bench(setup), setup.space
     plain: Row = {"change": "none", "layers": "0 1 2 3", "scales": "1 1 1 1"}
-    rows = []
+    rows: list[Row] = []
     for change, layers, scales in changes():
         point = []
         place = {gene.name.removeprefix("path/merged."): gene for gene in space.genes}

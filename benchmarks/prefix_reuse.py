@@ -219,7 +219,8 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Seq
             "natural_niches: with `crossover: pure`, whose children are a mix of both parents with mutations behind "
             "the split, which lies before everything or where at least one layer is spared. Genes stand in the order "
             "of the layers: embedding, attention, MLP and norms of each layer, the "
-            "last norm. Repeated candidates are left out.",
+            "last norm. Repeated candidates are left out."
+            + "".join(f" The rows of {name} are of an earlier run: compare no seconds." for name in earlier),
             "",
             f"Remake with `python benchmarks/prefix_reuse.py`. {machine()}; {libraries}. The load of the machine (1 "
             f"minute) was {load:.1f} at the end.",
