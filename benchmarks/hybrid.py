@@ -240,6 +240,34 @@ def main() -> None:
     write(rows, table, given.out)
 
 
+def account(rows: Sequence[Row], table: Sequence[Row]) -> str:
+    """What the numbers say, in sentences."""
+    certified = {(row["seed"], row["arm"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    alone = [certified[seed, "parameters"]["certify"] for seed in seeds]
+    said = []
+    for arm in ("together", "after"):
+        ahead = [certified[seed, arm]["certify"] - value for seed, value in zip(seeds, alone, strict=True)]
+        wins = sum(difference < 0 for difference in ahead)
+        said.append(
+            f"`{arm}` is ahead of the parameters alone for {wins} of {len(seeds)} seeds, by {sum(ahead) / len(ahead):+.4f} "
+            "nats on average (below 0: better)."
+        )
+    gains = [row["difference"] for row in rows if row["arm"] == "after, before its path"]
+    said.append(
+        f"What the path adds to one and the same merge is {min(gains):.4f} to {max(gains):.4f} nats, while the seed "
+        f"alone moves the merge by {max(alone) - min(alone):.4f}. The p-values are about two given merges on other "
+        "documents; they know nothing of another seed, so a single row proves no method better."
+    )
+    kept = [row["added"] for row in table if row["layers"] != "0 1 2 3"]
+    scaled = [row["added"] for row in table if row["layers"] == "0 1 2 3" and row["change"] != "none"]
+    said.append(
+        f"Every change of the order or number of layers that was tried costs at least {min(kept):.4f} nats; the best "
+        f"factor changes the loss by {min(scaled):+.4f}."
+    )
+    return " ".join(said)
+
+
 def write(rows: Sequence[Row], table: Sequence[Row], out: Path) -> None:
     """Print both tables and put them beside the others of the project."""
     import pyarrow
@@ -284,6 +312,8 @@ def write(rows: Sequence[Row], table: Sequence[Row], out: Path) -> None:
             "with, with the paired bootstrap over documents; p corrected for all rows.",
             "",
             *lines,
+            "",
+            account(rows, table),
             "",
             f"What a change of the path costs by itself: on the search items, in the merge with weight {ONE_WEIGHT} "
             "of every source. The factors are on the hidden state on entry of each layer of the path.",
