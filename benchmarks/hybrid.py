@@ -250,8 +250,8 @@ def account(rows: Sequence[Row], table: Sequence[Row]) -> str:
         ahead = [certified[seed, arm]["certify"] - value for seed, value in zip(seeds, alone, strict=True)]
         wins = sum(difference < 0 for difference in ahead)
         said.append(
-            f"`{arm}` is ahead of the parameters alone for {wins} of {len(seeds)} seeds, by {sum(ahead) / len(ahead):+.4f} "
-            "nats on average (below 0: better)."
+            f"`{arm}` is better than the parameters alone for {wins} of {len(seeds)} seeds; on average its loss is "
+            f"{sum(ahead) / len(ahead):+.4f} nats from theirs."
         )
     gains = [row["difference"] for row in rows if row["arm"] == "after, before its path"]
     said.append(
