@@ -1,6 +1,6 @@
 """How many layers need not run where candidates share their first ones, and how long that takes.
 
-    python benchmarks/prefix_reuse.py [--samples samples/text] [--candidates 150] [--out results/reference]
+    python benchmarks/prefix_reuse.py [--samples samples/text] [--sequences split natural_niches]
 
 Two sequences of candidates over the text family of `meiosis samples text`:
 
@@ -9,7 +9,7 @@ Two sequences of candidates over the text family of `meiosis samples text`:
 * natural_niches: the optimiser of that name with `crossover: pure`, from generation 0 on.
 
 Every candidate is evaluated twice, on a worker that keeps hidden states and on one that keeps none, in turn. Takes
-about a quarter of an hour on one core and wants it for itself.
+about twenty minutes on one core and wants it for itself. A sequence that is left out keeps its rows.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from search.setup import Setup, check
 from search.worker_plan import worker_plan
 
 ARCHIVE = 15
+SEQUENCES = {"split": 150, "natural_niches": 240}
+"""Name -> candidates."""
 Row = dict[str, Any]
 
 
@@ -142,7 +144,7 @@ def niches(setup: Setup, pair: Pair, candidates: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, default=Path("samples/text"))
-    parser.add_argument("--candidates", type=int, default=150)
+    parser.add_argument("--sequences", nargs="+", choices=tuple(SEQUENCES), default=tuple(SEQUENCES))
     parser.add_argument("--gib", type=float, default=4.0, help="memory for hidden states")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/reference"))
@@ -152,24 +154,39 @@ def main() -> None:
         raise SystemExit(f"{config} is not there; make it with: meiosis samples text {arguments.samples}")
     rows = []
     try:
-        setup = check(load_config(config))
-        pair = Pair(setup, arguments.gib)
-        began = time.perf_counter()
-        first = split_children(setup, pair, arguments.candidates, arguments.seed)
-        rows += [pair.row("split, with the archive", 0), pair.row("split, children alone", first)]
-        print(f"split: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        overrides = ("search.optimizer={name: natural_niches, crossover: pure}", "search.baselines=[uniform_soup]")
-        setup = check(load_config(config, overrides))
-        pair = Pair(setup, arguments.gib)
-        first = niches(setup, pair, arguments.candidates)
-        rows += [pair.row("natural_niches, with generation 0", 0), pair.row("natural_niches, children alone", first)]
+        for name in arguments.sequences:
+            overrides: tuple[str, ...] = ()
+            if name == "natural_niches":
+                optimizer = "search.optimizer={name: natural_niches, crossover: pure}"
+                overrides = (optimizer, "search.baselines=[uniform_soup]", f"seed={arguments.seed}")
+            setup = check(load_config(config, overrides))
+            pair = Pair(setup, arguments.gib)
+            began = time.perf_counter()
+            if name == "split":
+                first, whole = split_children(setup, pair, SEQUENCES[name], arguments.seed), "with the archive"
+            else:
+                first, whole = niches(setup, pair, SEQUENCES[name]), "with generation 0"
+            rows += [pair.row(f"{name}, {whole}", 0), pair.row(f"{name}, children alone", first)]
+            print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     except UserError as error:
         raise SystemExit(str(error)) from error
-    write(rows, arguments.out, arguments.gib)
+    earlier = [name for name in SEQUENCES if name not in arguments.sequences]
+    write(with_earlier(rows, arguments.out), arguments.out, arguments.gib, earlier)
 
 
-def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float) -> None:
-    """Print the table and put it beside the others of the project."""
+def with_earlier(rows: Sequence[Row], out: Path) -> list[Row]:
+    """The rows, and those of sequences that were measured before and not now."""
+    import pyarrow.parquet
+
+    earlier = out / "prefix_reuse.parquet"
+    measured = {row["sequence"].partition(",")[0] for row in rows}
+    kept = pyarrow.parquet.read_table(earlier).to_pylist() if earlier.exists() else []
+    every = [*(row for row in kept if row["sequence"].partition(",")[0] not in measured), *rows]
+    return sorted(every, key=lambda row: list(SEQUENCES).index(row["sequence"].partition(",")[0]))
+
+
+def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Sequence[str]) -> None:
+    """Print the table and put it beside the others of the project; `earlier`: sequences of an earlier run."""
     import pyarrow
     import pyarrow.parquet
 
@@ -200,8 +217,10 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float) -> None:
             f"split: an archive of {ARCHIVE} at random points; a child has the genes of one member before a split that "
             "is drawn uniformly and those of another behind it, and takes the place of the worst if it is better. "
             "natural_niches: with `crossover: pure`, whose children are a mix of both parents with mutations behind "
-            "the split. Genes stand in the order of the layers: embedding, attention, MLP and norms of each layer, the "
-            "last norm. Repeated candidates are left out.",
+            "the split, which lies before everything or where at least one layer is spared. Genes stand in the order "
+            "of the layers: embedding, attention, MLP and norms of each layer, the "
+            "last norm. Repeated candidates are left out."
+            + "".join(f" The rows of {name} are of an earlier run: compare no seconds." for name in earlier),
             "",
             f"Remake with `python benchmarks/prefix_reuse.py`. {machine()}; {libraries}. The load of the machine (1 "
             f"minute) was {load:.1f} at the end.",

@@ -11,9 +11,10 @@ from test_optimizer_contract import problem, result_of
 
 from evaluators.base import Scores
 from search.gene_mixing import GeneMixing
+from search.genome import Gene
 from search.item_shares import ItemTable, attraction, competition, scaled
 from search.objective import Term
-from search.optimizer import Result, Vector
+from search.optimizer import Problem, Result, Vector
 from search.optimizers import optimizer_named
 from search.optimizers.map_elites import Elite, MapElites
 from search.optimizers.natural_niches import NaturalNiches
@@ -258,6 +259,39 @@ def test_a_pure_child_has_the_first_layers_of_one_parent_and_differs_behind_them
     # Four positions, of which the split keeps none to three: most children share a prefix, some nothing.
     assert sum(count > 0 for count in shared) > len(shared) / 2
     assert max(shared) <= 4
+
+
+def layered(groups: int, each: int = 40, first: int = 0) -> Problem:
+    """Numbers before the layers and in them, equally many everywhere."""
+    genes = tuple(Gene(f"{at}/{n}", 0, 1, 0.5, position=first + at) for at in range(groups) for n in range(each))
+    return Problem(np.full(groups * each, 0.5), 100, 4, 3, 0.1, genes)
+
+
+@pytest.mark.parametrize(("first", "cuts"), [(0, {0, 2, 3, 4}), (1, {1, 2, 3, 4, 5})])
+def test_a_pure_child_changes_parents_before_everything_or_where_a_layer_is_spared(first: int, cuts: set[int]) -> None:
+    setting = layered(5, each=3, first=first)
+    optimizer = optimizer_named("natural_niches", {"crossover": "pure"})(setting)
+    assert isinstance(optimizer, NaturalNiches)
+    positions, parent = GeneMixing(setting).positions, np.full(15, 0.3)
+    found = [int(positions[optimizer._crossed(parent, np.full(15, 0.6)) != parent].min()) for _ in range(300)]
+    assert set(found) == cuts
+    # All alike: children run half of the layers on average, since the one behind the embedding alone is not among them.
+    assert min(map(found.count, cuts)) > 300 / len(cuts) / 2
+
+
+def test_a_pure_child_moves_as_far_with_few_genes_as_with_all_up_to_three_times_the_step() -> None:
+    setting = layered(20)
+    optimizer = optimizer_named("natural_niches", {"crossover": "pure", "mutation": 0.01})(setting)
+    assert isinstance(optimizer, NaturalNiches)
+    parent = np.full(800, 0.5)
+    seen = set()
+    for _ in range(100):
+        step = optimizer._crossed(parent, parent) - parent
+        changed = int((step != 0).sum())
+        wanted = 0.01 * min(np.sqrt(800 / changed), 3.0)
+        assert np.std(step[step != 0]) == pytest.approx(wanted, rel=0.35)  # of 40 genes or more
+        seen.add(changed)
+    assert len(seen) > 10
 
 
 def test_a_published_child_lies_between_its_parents_at_turned_ratios_but_for_its_mutation() -> None:

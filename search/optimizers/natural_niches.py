@@ -8,11 +8,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from search.gene_mixing import GeneMixing, draw
 from search.item_shares import Array, ItemTable, attraction, competition, scaled
 from search.optimizer import OptimizerOptions, Problem, Result, Vector
+
+LONGEST_STEP = 3.0
+"""Mutations of a pure child are at most so many times as large as those of a blended one."""
 
 
 class Options(OptimizerOptions):
@@ -25,7 +29,8 @@ class Options(OptimizerOptions):
     crossover: Literal["blend", "pure"] = Field(
         "blend",
         description="blend: the ratio of the parents is turned round at the split, as published; pure: before the "
-        "split all genes of one parent, so that hidden states can be used again, behind it a mix of both",
+        "split all genes of one parent, so that hidden states can be used again, behind it a mix of both, the fewer "
+        "genes the larger their mutations",
     )
     mutation: float = Field(0.05, ge=0, le=1, description="deviation of mutations, as a fraction of a gene's range")
 
@@ -55,7 +60,7 @@ class NaturalNiches:
         self._start, self._step = problem.start, problem.step
         self._generator = np.random.Generator(np.random.PCG64(problem.seed))
         self._genes = GeneMixing(problem)
-        self._layers = np.unique(self._genes.positions)
+        self._cuts = _useful_cuts(self._genes.positions)
         self._forward = np.argsort(self._genes.positions, kind="stable")
         self._table = ItemTable(problem.terms)
         self._suggested: deque[Vector] = deque()
@@ -136,9 +141,12 @@ class NaturalNiches:
             share = np.full(len(first), 1 - ratio)
             share[self._forward[:split]] = ratio
             return self._mutated(self._genes.mix(first, second, share, self._generator))
-        cut = self._layers[int(self._generator.integers(len(self._layers)))]
-        child = self._mutated(self._genes.mix(first, second, ratio, self._generator))
-        return np.where(self._genes.positions < cut, first, child)
+        cut = self._cuts[int(self._generator.integers(len(self._cuts)))]
+        behind = self._genes.positions >= cut
+        # A step of the same length in all, however few genes share it: late layers would hardly move otherwise.
+        longer = min(float(np.sqrt(len(first) / behind.sum())), LONGEST_STEP)
+        mixed = self._genes.mix(first, second, ratio, self._generator)
+        return np.where(behind, self._genes.mutate(mixed, longer * self._options.mutation, self._generator), first)
 
     def _mutated(self, point: Vector) -> Vector:
         return self._genes.mutate(point, self._options.mutation, self._generator)
@@ -148,6 +156,16 @@ class NaturalNiches:
         if not weights.any():
             return int(self._generator.integers(len(weights)))
         return draw(weights, self._generator.random())
+
+
+def _useful_cuts(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions in front of which a child may change from one parent to the other.
+
+    Not the first layer, if there are genes before the layers: their states alone spare no layer, so whoever changes the
+    first layer may as well change what stands before it.
+    """
+    cuts = np.unique(positions)
+    return np.delete(cuts, 1) if len(cuts) > 2 and cuts[0] == 0 and cuts[1] == 1 else cuts
 
 
 def _padded(row: Array, width: int) -> Array:
