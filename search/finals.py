@@ -280,16 +280,14 @@ def finish(
 
 def best_searched(driver: Driver, count: int) -> list[Candidate]:
     """The best searched candidates on the search items, each recipe once."""
-    ranked = sorted(
-        (
-            c
-            for c in driver.population.candidates
-            if c.origin == SEARCHED and may_be_best(driver.trials[c.id, "search"], driver.population.rotates)
-        ),
-        key=lambda c: (driver.population.cautious(c.id, driver.trials[c.id, "search"].loss or 0.0), c.id),
-    )
+    losses = {
+        c.id: trial.loss or 0.0
+        for c in driver.population.candidates
+        if c.origin == SEARCHED and may_be_best(trial := driver.trials[c.id, "search"])
+    }
     distinct: dict[str, Candidate] = {}
-    for candidate in ranked:
+    for id_ in driver.population.ranked(losses):
+        candidate = driver.population.candidate(id_)
         distinct.setdefault(candidate.recipe_hash, candidate)
     return list(distinct.values())[:count]
 

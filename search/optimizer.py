@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -116,6 +116,10 @@ class PoolsParts(Protocol):
 
     def wants_all_items(self) -> bool:
         """Whether the point that was asked last is to be scored on all items."""
+
+    def held_for_best(self, points: Sequence[Vector]) -> Vector:
+        """(n,) by which losses points that were told, (n, n_genes), are to be ranked: what they are expected to be on
+        all items, cautiously, but for a constant."""
 
 
 MakeOptimizer = Callable[[Problem], Optimizer]

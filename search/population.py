@@ -262,6 +262,20 @@ class Population:
         """A loss, and beside it what may be wrong with it because not all items were scored."""
         return loss if self._fitness is None else self._fitness.cautious(candidate, loss)
 
+    def ranked(self, losses: Mapping[int, float]) -> list[int]:
+        """Candidates of the optimiser, best first, as far as is known of candidates that have not all items.
+
+        Args:
+            losses: candidate -> its loss on the items that it has.
+        """
+        optimizer: object = self._optimizer
+        cautious = {id_: self.cautious(id_, loss) for id_, loss in losses.items()}
+        if losses and self.rotates and isinstance(optimizer, PoolsParts):
+            genomes = [genome for id_ in losses if (genome := self._candidates[id_].genome) is not None]
+            expected = optimizer.held_for_best([genome.vector() for genome in genomes])
+            cautious = dict(zip(losses, expected.tolist(), strict=True))
+        return sorted(cautious, key=lambda id_: (cautious[id_], id_))
+
     def _tell_fitness(
         self,
         fitness: Fitness,

@@ -19,13 +19,18 @@ from search.trials import ask_event, usable_metrics
 
 
 def replay_ordered(
-    events: Sequence[Event], population: Population, window: int, may_ask: Callable[[], bool] = lambda: False
+    events: Sequence[Event],
+    population: Population,
+    window: int,
+    may_ask: Callable[[], bool] = lambda: False,
+    told: Callable[[Trial], None] = lambda _: None,
 ) -> list[Trial]:
     """Bring a fresh population to where a history in ordered commit ends.
 
     Args:
         window: candidates in flight at once.
         may_ask: whether the budget has room for a candidate beyond the recorded ones.
+        told: is called after every result that was told.
 
     Returns:
         Recorded results that are not told yet: a new candidate is to be asked before the first of them.
@@ -47,6 +52,7 @@ def replay_ordered(
             break
         trial = results.popleft()
         population.tell(trial.candidate, usable_metrics(trial), trial.scores, censored=trial.censored)
+        told(trial)
         in_flight -= 1
     if asks:
         check_ask(asks[0], None)

@@ -31,12 +31,12 @@ def _written_out(candidate: Candidate) -> str:
     return json.dumps(rules, separators=(",", ":"))
 
 
-def may_be_best(trial: Trial, rotate: bool) -> bool:
+def may_be_best(trial: Trial, rotate: bool = False) -> bool:
     """Whether a trial on the search items can be the best one: not where it was stopped early, and not where it has
     other items than the rest: the best of many rough estimates is the luckiest one.
 
     Args:
-        rotate: `search.fitness.rotate` of the run.
+        rotate: whether every candidate has other items, and no optimiser to rank them all is at hand.
     """
     complete = not trial.censored and not (rotate and trial.scored is not None)
     return trial.feasible and trial.loss is not None and complete

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from search.population import SEARCHED
-from search.store.events import Ask, Event, Trial
+from search.population import SEARCHED, Population
+from search.store.events import Trial
 from search.trials import may_be_best
+
+_LOOK = 4
+"""Where ranking takes time, it is looked up after every so many candidates."""
 
 
 @dataclass(frozen=True)
@@ -20,31 +23,50 @@ class Step:
     candidate: int
 
 
-def incumbents(events: Iterable[Event], from_zero: bool, rotate: bool) -> tuple[list[Step], int]:
-    """The best known candidates, and the item-evaluations in all.
+class Incumbents:
+    """Follows a run: the best known candidates, as the program itself ranks them, and the item-evaluations.
 
-    A candidate that repeats an earlier recipe costs nothing. One whose evaluation was stopped is no best, as for the
-    program itself.
+    A candidate that repeats an earlier recipe costs nothing.
 
     Args:
+        population: has been told what is told here.
         from_zero: whether candidates of generation 0 count, as costs and as best ones.
-        rotate: whether candidates were scored on different parts of the items.
     """
-    origins: dict[int, str] = {}
-    steps: list[Step] = []
-    items, best = 0, np.inf
-    for event in events:
-        if isinstance(event, Ask):
-            origins[event.candidate] = event.origin
-        elif isinstance(event, Trial) and event.items == "search":
-            if not from_zero and origins[event.candidate] != SEARCHED:
-                continue
-            if event.attempts:
-                items += sum(len(scores.items) for scores in event.scores.values())
-            if event.loss is not None and may_be_best(event, rotate) and event.loss < best:
-                best = event.loss
-                steps.append(Step(items, event.candidate))
-    return steps, items
+
+    def __init__(self, population: Population, from_zero: bool) -> None:
+        self.population, self._from_zero = population, from_zero
+        self._losses: dict[int, float] = {}
+        self._zero: tuple[float, int] | None = None
+        self._told = self.items = 0
+        self.steps: list[Step] = []
+
+    def told(self, trial: Trial) -> None:
+        """The next result on the search items."""
+        searched = self.population.candidate(trial.candidate).origin == SEARCHED
+        if not (searched or self._from_zero):
+            return
+        if trial.attempts:
+            self.items += sum(len(scores.items) for scores in trial.scores.values())
+        if trial.loss is None:
+            return
+        if searched and may_be_best(trial):
+            self._losses[trial.candidate] = trial.loss
+            self._told += 1
+            if not self.population.rotates:
+                self._better(trial.candidate, self.population.cautious(trial.candidate, trial.loss))
+            elif self._told % _LOOK == 0:
+                self._step(self.population.ranked(self._losses)[0])
+        elif may_be_best(trial, self.population.rotates):
+            self._better(trial.candidate, self.population.cautious(trial.candidate, trial.loss))
+
+    def _better(self, candidate: int, loss: float) -> None:
+        if self._zero is None or loss < self._zero[0]:
+            self._zero = loss, candidate
+            self._step(candidate)
+
+    def _step(self, candidate: int) -> None:
+        if not self.steps or self.steps[-1].candidate != candidate:
+            self.steps.append(Step(self.items, candidate))
 
 
 def items_to_reach(steps: Sequence[Step], quality: Callable[[int], float], target: float) -> float:

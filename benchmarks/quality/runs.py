@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from quality.curves import Step, incumbents
+from quality.curves import Incumbents, Step
 from quality.landscapes import Landscape, load, quality
 from quality.methods import Method, with_method
 from quality.table_model import NAMES, patterns, point_of, write_models
@@ -26,8 +26,7 @@ from search.progress import Watcher
 from search.reopening import load_setup
 from search.replay import replay_ordered
 from search.run import make_population, start
-from search.setup import check
-from search.store.events import Ask
+from search.setup import Setup, check
 from search.store.run_folder import RunFolder
 from search.worker_plan import worker_plan
 
@@ -116,12 +115,12 @@ def table_curve(landscape_name: str, method: Method, seed: int, budget: int, fol
     began = time.perf_counter()
     models = models_for(landscape_name, landscape, folder / "models")
     config = table_config(landscape_name, landscape, models, budget)
-    run = search(config, method, seed, folder / "runs" / Path(landscape_name).stem)
+    run = search(config, method, seed, folder / "tables" / Path(landscape_name).stem)
     if isinstance(run, str):
         return run
-    steps, items = incumbents(run.events(), method.from_zero, _rotates(run))
-    found = _live_models(run, steps, lambda model: quality(landscape, point_of(model, landscape)))
-    return Curve(method.name, seed, steps, found, items, _asked(run), time.perf_counter() - began)
+    setup, seen = _replayed(run, method)
+    found = _live_models(setup, seen, lambda model: quality(landscape, point_of(model, landscape)))
+    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, time.perf_counter() - began)
 
 
 def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) -> Curve | str:
@@ -131,55 +130,40 @@ def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) 
     if isinstance(run, str):
         return run
     seconds = time.perf_counter() - began
-    steps, items = incumbents(run.events(), method.from_zero, _rotates(run))
+    setup, seen = _replayed(run, method)
     known = folder / f"{method.name}-{seed}.certified.json"
     if known.exists():
         found = {int(key): value for key, value in json.loads(known.read_text()).items()}
     else:
-        found = _certified(run, steps)
+        found = _certified(setup, seen)
         known.write_text(json.dumps(found))
-    return Curve(method.name, seed, steps, found, items, _asked(run), seconds)
+    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, seconds)
 
 
-def _certified(run: RunFolder, steps: list[Step]) -> dict[int, float]:
+def _certified(setup: Setup, seen: Incumbents) -> dict[int, float]:
     """Candidate -> the objective on the certify items."""
-    setup = _setup(run)
-    population = _replayed(run, setup)
     body = Evaluation(worker_plan(setup))
     found = {}
-    for candidate in dict.fromkeys(step.candidate for step in steps):
-        outcome = body.run(Job(candidate, population.candidate(candidate).recipe, "certify"))
-        found[candidate] = population.objective.value(outcome.metrics) if outcome.failure is None else np.inf
+    for candidate in dict.fromkeys(step.candidate for step in seen.steps):
+        outcome = body.run(Job(candidate, seen.population.candidate(candidate).recipe, "certify"))
+        found[candidate] = seen.population.objective.value(outcome.metrics) if outcome.failure is None else np.inf
     return found
 
 
-def _live_models(run: RunFolder, steps: list[Step], measure: Callable[[Any], float]) -> dict[int, float]:
+def _live_models(setup: Setup, seen: Incumbents, measure: Callable[[Any], float]) -> dict[int, float]:
     """Candidate -> what is measured of its merged model."""
-    setup = _setup(run)
-    population = _replayed(run, setup)
     body = Evaluation(worker_plan(setup))
     found = {}
-    for candidate in dict.fromkeys(step.candidate for step in steps):
-        body._merger.merge_into(population.candidate(candidate).recipe, body._targets)
+    for candidate in dict.fromkeys(step.candidate for step in seen.steps):
+        body._merger.merge_into(seen.population.candidate(candidate).recipe, body._targets)
         found[candidate] = measure(body._model.model)
     return found
 
 
-def _rotates(run: RunFolder) -> bool:
-    return bool(read_manifest(run)["config"]["search"]["fitness"]["rotate"])
-
-
-def _setup(run: RunFolder) -> Any:
-    return load_setup(run, Watcher(lambda _: None, lambda _: None))
-
-
-def _replayed(run: RunFolder, setup: Any) -> Any:
-    """The population as it was at the end of a run."""
+def _replayed(run: RunFolder, method: Method) -> tuple[Setup, Incumbents]:
+    """A run from its history, with the best known candidates on the way."""
+    setup = load_setup(run, Watcher(lambda _: None, lambda _: None))
     window = int(read_manifest(run)["window"])
-    population = make_population(setup, window)
-    replay_ordered(run.events(), population, window)
-    return population
-
-
-def _asked(run: RunFolder) -> int:
-    return sum(isinstance(event, Ask) for event in run.events())
+    seen = Incumbents(make_population(setup, window), method.from_zero)
+    replay_ordered(run.events(), seen.population, window, told=seen.told)
+    return setup, seen

@@ -1,8 +1,8 @@
 """Bayesian optimisation in a trust region, from scores on parts of the items.
 
 Candidates are asked where the surrogate's lower confidence bound is smallest, within a box around the best merge it
-knows of; every few of them the merge that it holds for the best is scored on all items, and only those can win. The
-box grows where they improve at its edge and shrinks where they do not (Eriksson et al. 2019, Scalable global
+knows of; every fourth is the merge that it holds for the best, and now and then that one is scored on all items. The
+box grows where these improve at its edge and shrinks where they do not (Eriksson et al. 2019, Scalable global
 optimization via local Bayesian optimization, https://arxiv.org/abs/1910.01739). For up to some dozens of genes that
 are numbers: it needs far fewer scored items than an evolution strategy, and more time of the driver for each candidate.
 """
@@ -10,7 +10,7 @@ are numbers: it needs far fewer scored items than an evolution strategy, and mor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +27,22 @@ _MOST_OBSERVED = 480
 """Merges scored on all items are observed part by part, the latest ones first, up to so many observations."""
 _REFIT = 1.15
 _DRAWS, _SCALES = 100, (1.0, 0.5, 0.25, 0.1)
-_SMALLEST, _LARGEST, _SHRINK, _GROW = 0.02, 0.5, 0.85, 1.3
+_FIRST, _SMALLEST, _LARGEST, _SHRINK, _GROW = 3.0, 0.02, 0.5, 0.93, 1.3
 _EDGE = 0.9
+_EXPLOIT = 4
+"""Every so many candidates, the one that is held for the best is asked, and no more uncertain one."""
+_CAUTION = 0.4
+"""Standard deviations by which a candidate must be sure to be held for the best."""
 
 
 class GaussianProcessOptions(OptimizerOptions):
     """Keys beside `name`."""
 
-    confirm: int = Field(
-        8,
+    confirm: int | None = Field(
+        None,
         ge=1,
-        description="after so many candidates on parts of the items, the one held for the best is scored on all",
+        description="after so many candidates on parts of the items, the one held for the best is scored on all; by "
+        "default twice as many as there are parts",
     )
     exploration: float = Field(
         1.0, ge=0, le=10, allow_inf_nan=False, description="how much an uncertain candidate is preferred to a sure one"
@@ -66,12 +71,11 @@ class GaussianProcess:
         self._options = options if isinstance(options, GaussianProcessOptions) else GaussianProcessOptions()
         self._problem = problem
         self._random = np.random.Generator(np.random.PCG64(problem.seed))
-        self._radius = min(2 * problem.step, _LARGEST)
+        self._radius = min(_FIRST * problem.step, _LARGEST)
         self._points: list[_Point] = []
         self._suggested: deque[Vector] = deque()
         self._pending: list[Vector] = []
-        self._confirming: list[tuple[Vector, bool]] = []
-        self._best = np.inf
+        self._exploits: list[tuple[Vector, bool]] = []
         self._since = self._asked = self._fitted = 0
         self._surrogate = Surrogate(len(problem.start))
         self._whole = False
@@ -89,37 +93,32 @@ class GaussianProcess:
             place = self._suggested.popleft() if self._suggested else self._near(self._problem.start)
             self._pending.append(place)
             return place
-        confirm = self._since >= self._options.confirm or self._asked == self._problem.budget
-        self._whole = confirm or self._problem.parts == 1
+        self._since += 1
+        self._whole = self._problem.parts == 1 or self._since == (self._options.confirm or 2 * self._problem.parts)
+        exploit = self._asked % _EXPLOIT == 0
+        if self._whole and self._problem.parts > 1:
+            self._since, exploit = 0, True
         with one_blas_thread():
-            place, at_edge = self._next(explore=not confirm)
-        if confirm:
-            self._since = 0
-            self._confirming.append((place, at_edge))
-        else:
-            self._since += 1
+            place, at_edge = self._next(explore=not exploit)
+        if exploit:
+            self._exploits.append((place, at_edge))
         self._pending.append(place)
         return place
 
     def wants_all_items(self) -> bool:
         return self._whole
 
+    def held_for_best(self, points: Sequence[Vector]) -> Vector:
+        with one_blas_thread():
+            self._surrogate.fit(self._observed()[0], sizes=False)
+            return self._surrogate.bound(2 * np.stack(points) - 1, -_CAUTION)
+
     def tell(self, point: Vector, loss: float) -> None:
         self.tell_result(point, Result(loss))
 
     def tell_result(self, point: Vector, result: Result) -> None:
         self._pending = _without(self._pending, point)
-        found = self._take(point, result)
-        loss = sum(found.parts.values()) / len(found.parts) if found.parts else np.inf
-        improved = found.whole and loss < self._best
-        for index, (place, at_edge) in enumerate(self._confirming):
-            if np.array_equal(place, point):
-                del self._confirming[index]
-                factor = _GROW if improved and at_edge else _SHRINK
-                self._radius = min(max(self._radius * factor, _SMALLEST), _LARGEST)
-                break
-        if improved:
-            self._best = loss
+        self._take(point, result)
 
     def _take(self, point: Vector, result: Result) -> _Point:
         usable = result.loss < INFEASIBLE_LOSS
@@ -138,6 +137,7 @@ class GaussianProcess:
         if sizes:
             self._fitted = len(observed.losses)
         center = known[int(np.argmin(self._surrogate.mean(2 * known - 1)))]
+        self._resize(center)
         if self._pending:
             self._surrogate.fit(self._with_pending(observed), sizes=False)
         weight = self._options.exploration * abs(self._random.normal()) if explore else 0.0
@@ -158,6 +158,16 @@ class GaussianProcess:
         if any(np.array_equal(place, point.place) for point in self._points):
             place = self._near(place)
         return place, at_edge
+
+    def _resize(self, center: Vector) -> None:
+        """Of the box: larger where what was held for the best lay at its edge and is the best, else smaller."""
+        for place, at_edge in self._exploits:
+            if not any(np.array_equal(place, pending) for pending in self._pending):
+                factor = _GROW if at_edge and np.array_equal(place, center) else _SHRINK
+                self._radius = min(max(self._radius * factor, _SMALLEST), _LARGEST)
+        self._exploits = [
+            one for one in self._exploits if any(np.array_equal(one[0], pending) for pending in self._pending)
+        ]
 
     def _near(self, place: Vector) -> Vector:
         return (place + self._radius / 4 * self._random.normal(size=len(place))).clip(0, 1)

@@ -150,7 +150,7 @@ class Race:
         rungs: evaluator -> numbers of items after which a candidate may end; the last is as far as it goes.
         reference: what it is compared with after every rung but the last; None: it is not stopped.
         begin: evaluator -> where its items begin, in the order of the run.
-        part: which part of the items these are; None: not one of those that are taken in turn.
+        part: which part of the items these are, or end with; None: not one of those that are taken in turn.
     """
 
     rungs: tuple[Mapping[str, int], ...]

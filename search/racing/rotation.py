@@ -19,11 +19,13 @@ from search.seeds import derive_seed
 
 SMALLEST = 3
 """Items per evaluator of a part, at least; evaluators with at most so many are scored whole."""
+_TO_DECIDE = 0.25
+"""Share of the items on which a baseline decides between its attempts."""
 
 
 class Rotation(Fitness):
     """See `Fitness`. Candidates of generation 0 are all scored on the first part, so that they can be compared; what
-    decides inside a baseline is scored on all items, as are parents and base."""
+    decides inside a baseline is scored on more of them, parents and base on all items."""
 
     def __init__(self, config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> None:
         super().__init__(config, evaluators, seed, window)
@@ -43,16 +45,18 @@ class Rotation(Fitness):
         return sum(self._totals.values())
 
     def race(self, objective: Objective, whole: bool, role: Role = "searched") -> Race:
-        if whole or role == "step" or self._parts == 1:
+        if whole or self._parts == 1:
             return Race((self._totals,))
-        part = 0
+        part, last = 0, 0
         if role == "searched":
             if not self._turn:
                 self._turn = self._random.permutation(self._parts).tolist()
-            part = self._turn.pop()
-        edges = {name: self._edges(name, part) for name in self._totals}
+            part = last = self._turn.pop()
+        elif role == "step":
+            last = int(_TO_DECIDE * self._parts)
+        edges = {name: (self._edges(name, part)[0], self._edges(name, last)[1]) for name in self._totals}
         sizes = {name: end - begin for name, (begin, end) in edges.items()}
-        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()}, part=part)
+        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()}, part=last)
 
     def losses_of_parts(
         self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]
@@ -60,7 +64,7 @@ class Rotation(Fitness):
         if self._parts == 1:
             return {}
         coefficients = coefficients_of(objective)
-        chosen = range(self._parts) if self.is_whole(scores) else [self._part_of(scores)]
+        chosen = self._parts_of(scores)
         found = dict.fromkeys(chosen, 0.0)
         for name, factors in coefficients.items():
             matrix, weights = self._in_order(name, scores[name])
@@ -97,11 +101,13 @@ class Rotation(Fitness):
             return 0, total
         return total * part // self._parts, total * (part + 1) // self._parts
 
-    def _part_of(self, scores: Mapping[str, Scores]) -> int:
-        """The part that was scored, by where its items begin."""
+    def _parts_of(self, scores: Mapping[str, Scores]) -> list[int]:
+        """The parts that were scored, by where the items begin and end."""
         name = next(name for name in self._totals if not self._is_uncut(name))
         begin = self._begin(name, scores[name])
-        return next(part for part in range(self._parts) if self._edges(name, part)[0] == begin)
+        end = begin + len(scores[name].items)
+        edges = [self._edges(name, part) for part in range(self._parts)]
+        return [part for part, (first, last) in enumerate(edges) if begin <= first and last <= end]
 
     def _begin(self, name: str, block: Scores) -> int:
         first = set(block.items)
