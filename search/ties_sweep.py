@@ -1,14 +1,19 @@
-"""The sweep of a method that trims task vectors: densities at one lambda, then other lambdas at the best density."""
+"""The sweep of a method that trims task vectors: densities at one lambda, then other lambdas at the best density.
+
+Both go on below their smallest value where that is the best.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from pydantic import Field
 
-from search.baseline import BaselineOptions, Generation0, Proposal, best_of, with_default
+from search.baseline import BaselineOptions, Generation0, Proposal, with_default
 from search.recipe import Rule
 from search.scales import Distinct
+from search.sweep import HALVINGS, swept
 
 
 class SweepOptions(BaselineOptions):
@@ -17,6 +22,7 @@ class SweepOptions(BaselineOptions):
     densities: Distinct = Field(description="shares of a task vector that are kept")
     lambdas: Distinct = Field((1.0,), description="factors on the merged task vector, such as [0.5, 1, 1.5]")
     grid: bool = Field(False, description="every density with every lambda, not only the best density")
+    halvings: int = HALVINGS
 
 
 class TiesSweep:
@@ -34,19 +40,14 @@ class TiesSweep:
     def __call__(self, known: Generation0) -> Iterator[Proposal | None]:
         options = known.options
         first = 1.0 if 1.0 in options.lambdas else options.lambdas[0]
-        labels = {self._label(density, first): density for density in options.densities}
-        for density in options.densities:
-            yield self._proposal(known, density, first)
-        densities = options.densities
-        if not options.grid:
-            if len(options.lambdas) == 1:
-                return
-            best = yield from best_of(known, list(labels))
-            densities = (labels[best],)
-        for density in densities:
-            for scale in options.lambdas:
-                if scale != first:
-                    yield self._proposal(known, density, scale)
+        if options.grid:
+            for density, scale in product(options.densities, options.lambdas):
+                yield self._proposal(known, density, scale)
+            return
+        best = yield from swept(known, options.densities, options.halvings, lambda d: self._proposal(known, d, first))
+        yield from swept(
+            known, options.lambdas, options.halvings, lambda scale: self._proposal(known, best, scale), tried=(first,)
+        )
 
     def _label(self, density: float, scale: float) -> str:
         return f"{self._operator} {density:g}" + ("" if scale == 1.0 else f" x{scale:g}")

@@ -150,13 +150,32 @@ def test_an_analogy_goes_from_c_as_from_a_to_b(start: str) -> None:
 
 def test_ties_sweeps_the_density_and_then_lambda_at_the_best_one() -> None:
     best = {"ties 0.5": 0.0, "ties 0.5 x1.5": -1.0}
-    assert list(proposals("ties", flat)) == ["ties 0.2", "ties 0.5", "ties 1"]
+    assert list(proposals("ties", flat)) == ["ties 0.2", "ties 0.5", "ties 1", "ties 0.2 x0.5"]
+    assert list(proposals("ties", flat, {"halvings": 0})) == ["ties 0.2", "ties 0.5", "ties 1"]
     found = proposals("ties", lambda p: best.get(p.label, 1.0), {"lambdas": [0.5, 1, 1.5]})
     assert list(found) == ["ties 0.2", "ties 0.5", "ties 1", "ties 0.5 x0.5", "ties 0.5 x1.5"]
     assert found["ties 0.5 x1.5"].rules[0].parameters == {"lambda": 1.5}
     assert found["ties 0.2"].rules[0].parameters == {}
     grid = proposals("dare_ties", flat, {"densities": [0.1, 0.9], "lambdas": [1, 2], "grid": True})
     assert set(grid) == {"dare_ties 0.1", "dare_ties 0.9", "dare_ties 0.1 x2", "dare_ties 0.9 x2"}
+
+
+def test_a_sweep_goes_on_below_its_smallest_value_as_long_as_that_is_better_than_all_others() -> None:
+    def smaller_is_better_down_to(least: float) -> Loss:
+        return lambda p: abs(float(p.label.split(" ")[-1].lstrip("x")) - least)
+
+    for name in ("task_arithmetic", "tsv_m", "iso_c"):
+        given = {"scales": [0.5, 0.8, 1]}
+        found = proposals(name, smaller_is_better_down_to(0.13), given)
+        assert list(found) == [f"{name} {scale}" for scale in ("0.5", "0.8", "1", "0.25", "0.125", "0.0625")]
+        assert len(proposals(name, smaller_is_better_down_to(0), given)) == 3 + 3, "it ends after three halvings"
+        assert len(proposals(name, smaller_is_better_down_to(0), {**given, "halvings": 1})) == 3 + 1
+        assert len(proposals(name, smaller_is_better_down_to(0.8), given)) == 3
+        assert len(proposals(name, flat, given)) == 3, "as good as others is not better"
+        assert len(proposals(name, smaller_is_better_down_to(0), {"scales": [0, 0.5]})) == 2
+    # What is best in density is then best with the last of the lambdas, by the label.
+    found = proposals("ties", smaller_is_better_down_to(0.1), {"densities": [0.2, 1], "halvings": 2})
+    assert list(found) == ["ties 0.2", "ties 1", "ties 0.1", "ties 0.05", "ties 0.1 x0.5"]
 
 
 # Spherical

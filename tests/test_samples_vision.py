@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from meiosis.samples.pictures import SPLITS, make_album
 from meiosis.samples.training import Phase
 from meiosis.samples.vision import make_vision_family
 from meiosis.samples.vision_card import VisionPlan, VisionShape, search_config
+from search.config import parse_config
+from search.yaml_source import YamlSource
 
 TINY = VisionPlan(
     shape=VisionShape(size=16, patch=4, hidden=32, layers=2, heads=2, mlp=48),
@@ -109,6 +112,13 @@ def test_the_config_beside_the_family_is_valid_and_searches(family, tmp_path):
     assert {"base", "uniform_soup", "tsv_m", "iso_c", *(f"parent:{task}" for task in card.tasks)} <= labels
 
 
+def test_the_example_is_the_config_of_the_family_with_photographs():
+    tasks = ("digits", "negatives", "overlays", "scans", "animals", "vehicles", "edges", "turns")
+    example = Path(__file__).parent.parent / "examples" / "vision.yaml"
+    assert example.read_text() == search_config(tasks, "../samples/vision")
+    assert parse_config(YamlSource.read(example), example.parent).config.name == "vision"
+
+
 def test_what_is_missing_or_foreign_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"mnist/train\.npz: no such file; the data folder holds"):
         make_vision_family(tmp_path / "v", data=tmp_path, plan=TINY)
@@ -118,29 +128,33 @@ def test_what_is_missing_or_foreign_is_said_in_one_line(tmp_path):
         make_vision_family(tmp_path / "mine", plan=TINY)
 
 
-def test_a_folder_of_data_gives_digits_and_photographs(tmp_path):
-    """Data of the right form; the pictures themselves are noise."""
+def data_of_noise(folder, labels):
+    """Data of the right form; the pictures themselves are noise. The files of real data lie class by class."""
     import io
 
     import PIL.Image
 
     random = np.random.default_rng(0)
-    for folder in ("mnist", "cifar10_jpeg"):
-        (tmp_path / folder).mkdir()
+    for name in ("mnist", "cifar10_jpeg"):
+        (folder / name).mkdir()
     for split, count in {"train": 80, "test": 60}.items():
         digits = random.integers(256, size=(count, 28, 28), dtype=np.uint8)
-        np.savez(tmp_path / "mnist" / f"{split}.npz", x=digits, y=np.arange(count) % 10)
+        np.savez(folder / "mnist" / f"{split}.npz", x=digits, y=labels(count))
         files = []
         for _ in range(count):
             buffer = io.BytesIO()
             PIL.Image.fromarray(random.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(buffer, "JPEG")
             files.append(buffer.getvalue())
         np.savez(
-            tmp_path / "cifar10_jpeg" / f"{split}.npz",
+            folder / "cifar10_jpeg" / f"{split}.npz",
             jpeg=np.frombuffer(b"".join(files), np.uint8),
             offset=np.cumsum([0, *map(len, files)]),
-            label=np.arange(count) % 10,
+            label=labels(count),
         )
+
+
+def test_a_folder_of_data_gives_digits_and_photographs(tmp_path):
+    data_of_noise(tmp_path, lambda count: np.arange(count) % 10)
     album = make_album(tmp_path, size=32, items={"search": 5, "select": 5, "certify": 9}, train=20, seed=0)
     assert len(album.tasks) == 8
     assert {task.classes for task in album.tasks.values()} == {4, 6, 10}
@@ -150,3 +164,11 @@ def test_a_folder_of_data_gives_digits_and_photographs(tmp_path):
             0 < len(task.parts[split]) <= {"train": 20, "search": 5, "select": 5, "certify": 9}[split]
             for split in SPLITS
         )
+
+
+def test_every_class_is_trained_alike_where_the_files_lie_class_by_class(tmp_path):
+    data_of_noise(tmp_path, lambda count: np.sort(np.arange(count) % 10))
+    album = make_album(tmp_path, size=32, items={"search": 5, "select": 5, "certify": 9}, train=10, seed=0)
+    photographs = np.bincount(album.general["photos"].parts["train"].y, minlength=10)
+    assert photographs.sum() == 3 * 10
+    assert photographs.tolist() == [3] * 10

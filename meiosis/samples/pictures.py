@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,17 +242,22 @@ def _mnist(folder: Path, split: str, size: int) -> Part:
 
 
 def _cifar(folder: Path, split: str, size: int, count: int | None = None) -> Part:
-    """The first `count` photographs; they lie in random order."""
+    """So many photographs of every class alike, the first ones: in the file they may lie class by class."""
     import PIL.Image
 
     bytes_, offset, labels = read_arrays(
         folder / f"{split}.npz", ("jpeg", "offset", "label"), "'jpeg' bytes, their 'offset' and 'label'"
     )
-    jpeg, y = bytes_.tobytes(), labels[:count].astype(np.int64)
-    offset = offset[: len(y) + 1]
+    jpeg, rows = bytes_.tobytes(), np.arange(len(labels))
+    if count is not None and count < len(labels):
+        rank = np.empty(len(labels), np.int64)  # of a photograph among those of its class
+        for label in np.unique(labels):
+            rank[labels == label] = np.arange((labels == label).sum())
+        rows = np.sort(np.argsort(rank, kind="stable")[:count])
+    y = labels[rows].astype(np.int64)
     x = np.empty((len(y), size, size, 3), np.uint8)
-    for index, (start, stop) in enumerate(itertools.pairwise(offset)):
-        with PIL.Image.open(io.BytesIO(jpeg[start:stop])) as picture:
+    for index, row in enumerate(rows):
+        with PIL.Image.open(io.BytesIO(jpeg[offset[row] : offset[row + 1]])) as picture:
             x[index] = np.asarray(picture.convert("RGB").resize((size, size), PIL.Image.Resampling.BILINEAR))
     return Part(x, y)
 
