@@ -24,7 +24,7 @@ from search.finals import ArmResult, Rival, best_of, best_of_families, best_sear
 from search.optimizers import optimizer_named
 from search.pareto.finals import choose_from_front, front_finalists
 from search.pool import Job, Outcome, Pool
-from search.population import BASE_LABEL, SEARCHED, Candidate
+from search.population import BASE_LABEL, SEARCHED, Candidate, work_name
 from search.recipe import ModelRef
 from search.seeds import derive_seed
 from search.store.events import Extended, Trial
@@ -225,4 +225,4 @@ class Remembered:
 
 def work_of(job: Job) -> str:
     """`Candidate.work` of the candidate that a job evaluates."""
-    return job.recipe.hash if job.learn is None else f"{job.recipe.hash} {job.learn}"
+    return work_name(job.recipe.hash, job.learn, job.race)

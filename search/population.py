@@ -71,8 +71,13 @@ class Candidate:
     @cached_property
     def work(self) -> str:
         """Equal for candidates whose evaluation is the same, so that one is enough."""
-        found = self.recipe_hash if self.learn is None else f"{self.recipe_hash} {self.learn}"
-        return found if self.race is None or self.race.part is None else f"{found} part {self.race.part}"
+        return work_name(self.recipe_hash, self.learn, self.race)
+
+
+def work_name(recipe_hash: str, learn: LearnSoup | None, race: Race | None) -> str:
+    """See `Candidate.work`."""
+    found = recipe_hash if learn is None else f"{recipe_hash} {learn}"
+    return found if race is None or race.part is None else f"{found} part {race.part}"
 
 
 def _role(candidate: Candidate) -> Role:

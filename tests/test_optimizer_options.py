@@ -28,10 +28,10 @@ def genes(numbers: int, choices: int = 0, wholes: int = 0) -> list[Gene]:
 @pytest.mark.parametrize(
     ("given", "chosen"),
     [
-        (genes(6), "full_cma"),
-        (genes(32), "full_cma"),
-        (genes(33), "diagonal_cma"),
-        (genes(20, wholes=4), "full_cma"),
+        (genes(6), "gaussian_process"),
+        (genes(64), "gaussian_process"),
+        (genes(65), "diagonal_cma"),
+        (genes(20, wholes=4), "gaussian_process"),
         (genes(300, wholes=4), "diagonal_cma"),
         (genes(300, choices=1), "natural_niches"),
         (genes(0, choices=9), "natural_niches"),

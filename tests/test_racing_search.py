@@ -2,92 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from racing_runs import DOMAINS, Quiet, checked, contents, pool_of
 
 from search.budget import Used
-from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
-from search.local_pool import LocalPool
 from search.optimizers.natural_niches import NaturalNiches
 from search.pareto.recorded import tracked_front
-from search.pool import Pool, WorkerPlan
-from search.progress import Progress
 from search.replay import replay_ordered
 from search.run import make_population, resume, start
-from search.setup import Setup, check, window
+from search.setup import window
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 
-pytest_plugins = ["family"]
-
-DOMAINS = ("python", "english", "cpp")
-PIECES = 6
-
-
-class Quiet:
-    """A watcher that interrupts the run after so many candidates."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self._stop_after = stop_after
-
-    def line(self, text: str) -> None: ...
-
-    def progress(self, state: Progress) -> None:
-        if self._stop_after is not None and state.phase == "search" and state.done >= self._stop_after:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture(scope="module")
-def many_items(family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Domain -> pool -> file, with 48 search items in each domain."""
-    folder = tmp_path_factory.mktemp("items")
-    found: dict[str, dict[str, str]] = {}
-    for domain in DOMAINS:
-        files = {pool: str(family / "data" / domain / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
-        rows = [json.loads(line) for line in Path(files["search"]).read_text().splitlines()]
-        length = len(rows[0]["text"]) // PIECES
-        pieces = [
-            {"id": f"{row['id']}-{k}", "text": row["text"][k * length : (k + 1) * length]}
-            for row in rows
-            for k in range(PIECES)
-        ]
-        path = folder / f"{domain}.jsonl"
-        path.write_text("\n".join(json.dumps(piece) for piece in pieces) + "\n")
-        found[domain] = {**files, "search": str(path)}
-    return found
-
-
-@pytest.fixture
-def racing_config(family_config: dict[str, Any], many_items: dict[str, dict[str, str]]) -> dict[str, Any]:
-    config = dict(family_config)
-    for name in DOMAINS:
-        config["evaluators"][name]["data"] = many_items[name]
-    config["search"] |= {"budget": 44, "window": 4, "baselines": ["uniform_soup"]}
-    config["search"]["fitness"] = {"racing": True, "smallest": 4, "first": 0.1, "precision": 0.2}
-    return config
-
-
-def checked(config: dict[str, Any], folder: Path) -> Setup:
-    file = folder / "search.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return check(load_config(file))
-
-
-def pool_of(workers: int) -> Callable[[Setup, WorkerPlan, Path], Pool]:
-    return lambda setup, plan, folder: LocalPool(plan, workers=workers)
-
-
-def contents(folder: RunFolder) -> list[object]:
-    return [event.deterministic() for event in folder.events()]
+pytest_plugins = ["family", "racing_family"]
 
 
 def test_racing_scores_fewer_items_and_exports(racing_config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""Candidates that are scored on one part of the items each, put together by the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from racing_runs import Quiet, checked, contents, pool_of
+
+from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
+from search.config import load_config
+from search.errors import ConfigError, InterruptedRun
+from search.objective import Objective, Term
+from search.optimizer import Problem, Result
+from search.optimizers.gaussian_process import GaussianProcess, GaussianProcessOptions
+from search.racing.config import FitnessConfig
+from search.racing.ladder import item_order
+from search.racing.race import Race
+from search.racing.rotation import Rotation
+from search.run import resume, start
+from search.setup import check
+from search.store.events import Ask, Trial
+from search.store.run_folder import RunFolder
+
+pytest_plugins = ["family", "racing_family"]
+
+SEED = 3
+
+
+class Items(Evaluator):
+    """So many items; it is never asked to score."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(None)
+        self.metrics = {"loss": Metric("minimize")}
+        self._count = count
+
+    def prepare(self, context: Context) -> None: ...
+
+    def items(self, pool: ItemPool) -> Sequence[str]:
+        return [f"{pool}{k}" for k in range(self._count)]
+
+    def evaluate(self, model: object, items: Sequence[str]) -> Iterator[Scores]:
+        raise NotImplementedError
+
+
+def rotation_of(counts: Sequence[int], first: float = 0.1) -> Rotation:
+    evaluators = {f"e{k}": Items(count) for k, count in enumerate(counts)}
+    return Rotation(FitnessConfig.model_validate({"rotate": True, "first": first}), evaluators, SEED, 2)
+
+
+def objective_of(counts: Sequence[int]) -> Objective:
+    return Objective(tuple(Term(f"e{k}.loss", 1.0 + k, 1) for k in range(len(counts))), (), needs_parents=False)
+
+
+def scored(
+    race: Race, counts: Sequence[int], values: Mapping[str, Any], weights: Mapping[str, Any]
+) -> dict[str, Scores]:
+    """What a worker returns for a race."""
+    found = {}
+    for k, count in enumerate(counts):
+        name = f"e{k}"
+        items = tuple(Items(count).items("search"))
+        chosen = tuple(race.chosen(name, item_order(SEED, name, items)))[: race.rungs[-1][name]]
+        places = [items.index(item) for item in chosen]
+        found[name] = Scores(chosen, {"loss": values[name][places]}, weights[name][places])
+    return found
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(0, 2**31), st.floats(0.02, 1))
+def test_the_losses_of_all_parts_have_the_loss_as_their_mean_and_hold_every_item_once(
+    counts: list[int], seed: int, first: float
+) -> None:
+    rotation, objective = rotation_of(counts, first), objective_of(counts)
+    random = np.random.default_rng(seed)
+    values = {f"e{k}": random.normal(size=count) for k, count in enumerate(counts)}
+    weights = {f"e{k}": random.uniform(0.5, 2, count) for k, count in enumerate(counts)}
+    whole = scored(rotation.race(objective, True), counts, values, weights)
+    rotation.learn(whole, parent=True)
+    metrics = {f"{name}.loss": float(np.average(values[name], weights=weights[name])) for name in values}
+    parts = rotation.losses_of_parts(objective, metrics, whole)
+    if rotation.parts == 1:
+        assert parts == {}
+        return
+    assert np.mean(list(parts.values())) == pytest.approx(objective.value(metrics))
+    seen: dict[str, list[str]] = {name: [] for name in values}
+    for _ in range(rotation.parts):
+        race = rotation.race(objective, False)
+        block = scored(race, counts, values, weights)
+        [(part, loss)] = rotation.losses_of_parts(objective, {}, block).items()
+        assert loss == pytest.approx(parts[part])
+        for name, scores in block.items():
+            seen[name] += scores.items
+    cut = [k for k, count in enumerate(counts) if count > 3 and count >= rotation.parts]
+    assert cut
+    for k in cut:
+        assert sorted(seen[f"e{k}"]) == sorted(Items(counts[k]).items("search"))
+
+
+def test_generation_0_is_compared_on_the_same_items_and_decides_on_more() -> None:
+    counts = [80, 100]
+    rotation, objective = rotation_of(counts), objective_of(counts)
+    baselines = [rotation.race(objective, False, "baseline") for _ in range(3)]
+    assert len({(tuple(race.rungs[0].items()), tuple(race.begin.items())) for race in baselines}) == 1
+    step = rotation.race(objective, False, "step")
+    assert step.items > 2 * baselines[0].items
+    assert {rotation.race(objective, False).part for _ in range(rotation.parts)} == set(range(rotation.parts))
+
+
+def problem(parts: int, budget: int = 200, **options: Any) -> Problem:
+    given = GaussianProcessOptions.model_validate(options)
+    return Problem(np.full(3, 0.5), budget, 1, SEED, 0.1, options=given, parts=parts)
+
+
+def test_the_optimiser_asks_for_all_items_now_and_then_and_finds_what_no_part_shows() -> None:
+    random = np.random.default_rng(8)
+    optimum, parts = np.array([0.3, 0.7, 0.6]), 10
+    levels, tilts = random.normal(0, 3, parts), random.normal(0, 1, (parts, 3))
+    tilts -= tilts.mean(0)
+
+    def losses(point: Any, chosen: Sequence[int]) -> dict[int, float]:
+        shared = float(((point - optimum) ** 2).sum())
+        return {part: shared + float(levels[part] + tilts[part] @ point) for part in chosen}
+
+    optimizer = GaussianProcess(problem(parts, confirm=15))
+    wholes, told = 0, []
+    for number in range(70):
+        point = optimizer.ask()
+        chosen = range(parts) if optimizer.wants_all_items() else [int(random.integers(parts))]
+        wholes += len(chosen) > 1
+        found = losses(point, chosen)
+        optimizer.tell_result(point, Result(float(np.mean(list(found.values()))), parts=found))
+        told.append(point)
+        assert number > 0 or not optimizer.wants_all_items()
+    assert 3 <= wholes <= 6
+    best = told[int(np.argmin(optimizer.held_for_best(told)))]
+    assert best == pytest.approx(optimum, abs=0.05)
+
+
+def test_failures_are_kept_away_from_and_do_not_stop_it() -> None:
+    optimizer = GaussianProcess(problem(1))
+    points = []
+    for number in range(60):
+        point = optimizer.ask()
+        failed = number < 2 or point[0] > 0.55  # what fails lies beside the optimum
+        points.append(point)
+        optimizer.tell(point, 2e9 if failed else float(((point - [0.6, 0.2, 0.9]) ** 2).sum()))
+    late = np.stack(points[40:])
+    assert (late[:, 0] <= 0.55).mean() > 0.6
+    assert late[:, 1:].mean(0) == pytest.approx([0.2, 0.9], abs=0.1)
+
+
+@pytest.fixture
+def rotating_config(racing_config: dict[str, Any]) -> dict[str, Any]:
+    racing_config["search"] |= {"budget": 60, "optimizer": "gaussian_process", "fitness": {"first": 0.1}}
+    racing_config["search"]["baselines"] = ["greedy_soup", "task_arithmetic"]
+    return racing_config
+
+
+def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_the_best(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    setup = checked(rotating_config, tmp_path)
+    assert setup.config.search.fitness.rotate
+    finished = start(setup, pool_of(1), Quiet())
+    events = finished.folder.events()
+    trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
+    origins = {e.candidate: e.origin for e in events if isinstance(e, Ask)}
+    items = 3 * 48
+    assert all(trials[id_].scored is None for id_, origin in origins.items() if origin.startswith(("parent:", "base")))
+    spent = sum(trial.scored or items for trial in trials.values() if trial.attempts)
+    assert spent < 60 * items / 4
+    seen = {item for id_, trial in trials.items() if origins[id_] == "search" for item in trial.scores["cpp"].items}
+    assert len(seen) == 48
+    assert any(origins[id_] == "search" and trial.scored is None for id_, trial in trials.items())
+    finalists = [e.candidate for e in events if isinstance(e, Trial) and e.items == "select"]
+    assert any(origins[id_] == "search" for id_ in finalists)
+    assert (finished.model / "model.safetensors").exists()
+
+
+def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    setup = checked(rotating_config, tmp_path)
+    whole = start(setup, pool_of(1), Quiet(), "whole")
+    with pytest.raises(InterruptedRun):
+        start(setup, pool_of(2), Quiet(stop_after=35), "stopped")
+    folder = RunFolder(whole.folder.path.parent / "stopped")
+    resume(folder, pool_of(2), Quiet())
+    assert contents(folder) == contents(whole.folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
+        ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
+        ({"constraints": ["python.nll <= 5"]}, "cannot be seen on a few items"),
+    ],
+)
+def test_what_cannot_be_scored_on_parts_is_refused(
+    rotating_config: dict[str, Any], tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    rotating_config["search"]["fitness"] = {"rotate": True}
+    rotating_config["search"] |= changed.get("search", {})
+    rotating_config |= {key: value for key, value in changed.items() if key != "search"}
+    with pytest.raises(ConfigError) as caught:
+        checked(rotating_config, tmp_path)
+    assert said in str(caught.value)
+
+
+def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    assert checked(rotating_config, tmp_path).config.search.fitness.rotate
+    rotating_config["constraints"] = ["python.nll <= 5"]
+    file = tmp_path / "constrained.yaml"
+    file.write_text(yaml.safe_dump(rotating_config))
+    assert not check(load_config(file)).config.search.fitness.rotate
