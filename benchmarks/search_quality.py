@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
 TABLES = REFERENCE / "tables"
 WORK = ROOT / "results" / "search_quality"
+PICTURES = 200
+"""Most pictures of a task and pool in the vision family."""
 ANALYTIC = ("bowl-4", "valley-2", "answers-4")
 
 
@@ -45,6 +47,9 @@ def real_config(family: str, budget: int) -> dict[str, Any]:
     found: dict[str, Any] = absolute(config)
     found["search"] = {**found["search"], "budget": budget, "finalists": 1, "window": 2}
     found["cluster"] = {"pool": "local", "workers": 1}
+    if family == "vision":  # thousands of pictures for a certificate, more than a comparison of searches needs
+        for section in found["evaluators"].values():
+            section["limit"] = PICTURES
     return found
 
 

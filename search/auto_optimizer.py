@@ -26,14 +26,14 @@ def chosen_optimizer(config: Config, space: Space | None) -> OptimizerConfig:
 
 
 def best_for(genes: Sequence[Gene], *, front: bool = False) -> tuple[str, str]:
-    """The optimiser for a genome, and why in a few words; as `benchmarks/optimizers.py` measured it.
+    """The optimiser for a genome, and why in a few words; as `benchmarks/optimizers.py` and
+    `benchmarks/search_quality.py` measured it.
 
     Args:
         front: whether a front is searched and not one best candidate.
 
-    Evolution strategies are best at numbers, and the more so the fewer there are; where genes have no order (operators,
-    sources that take part) members that mate get much further. To learn how all genes depend on each other pays for a
-    few of them.
+    Some dozens of numbers are best modelled, from scores on parts of the items; an evolution strategy is best at more
+    of them. Where genes have no order (operators, sources that take part) members that mate get much further.
     """
     if front:
         return "nsga2", "a front is searched"

@@ -166,7 +166,7 @@ class OptimizerConfig(_Section):
 
     name: str = Field(
         "auto",
-        description="auto: chosen by size and kind of the genome; diagonal_cma, full_cma, natural_niches, map_elites, "
+        description="auto: chosen by size and kind of the genome; gaussian_process, diagonal_cma, full_cma, natural_niches, map_elites, "
         "nsga2, random_search, or a name of nevergrad's registry",
     )
     step: float = Field(
