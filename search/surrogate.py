@@ -22,6 +22,8 @@ Matrix = NDArray[np.float64]
 _USUAL = np.log([1.0, 0.1, 1.0, 0.1, 0.05, 1e-3])
 _DOUBT = np.array([2.0, 2.0, 0.7, 2.0, 2.0, 2.0])
 """Priors, normal in logarithms, of: the quadratic, the rest and its length, level and share of a part, noise."""
+_FARTHEST = 4.0
+"""Sizes are looked for within so many standard deviations of their priors."""
 _LEAST_NOISE = 1e-6
 _STEPS = 15
 
@@ -166,5 +168,7 @@ class Surrogate:
             value = 0.5 * target @ solved + np.log(np.diag(lower)).sum() + 0.5 * doubt @ doubt
             return float(value), np.asarray(doubt / _DOUBT - 0.5 * np.array(slopes))
 
-        found: Any = minimize(loss, self.logs, jac=True, method="L-BFGS-B", options={"maxiter": _STEPS})
+        # A long step would be tried first, to where exponentials leave the range of floats.
+        bounds = list(zip(_USUAL - _FARTHEST * _DOUBT, _USUAL + _FARTHEST * _DOUBT, strict=True))
+        found: Any = minimize(loss, self.logs, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
         self.logs = np.asarray(found.x, np.float64)

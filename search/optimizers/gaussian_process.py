@@ -27,7 +27,9 @@ _MOST_OBSERVED = 480
 """Merges scored on all items are observed part by part, the latest ones first, up to so many observations."""
 _REFIT = 1.15
 _DRAWS, _SCALES = 100, (1.0, 0.5, 0.25, 0.1)
-_FIRST, _SMALLEST, _LARGEST, _SHRINK, _GROW = 3.0, 0.02, 0.5, 0.93, 1.3
+_FIRST = 6.0
+"""Half a side of the first box in steps, times the root of the number of genes: so that its corners are as far."""
+_SMALLEST, _LARGEST, _SHRINK, _GROW = 0.02, 0.5, 0.93, 1.3
 _EDGE = 0.9
 _EXPLOIT = 4
 """Every so many candidates, the one that is held for the best is asked, and no more uncertain one."""
@@ -71,7 +73,7 @@ class GaussianProcess:
         self._options = options if isinstance(options, GaussianProcessOptions) else GaussianProcessOptions()
         self._problem = problem
         self._random = np.random.Generator(np.random.PCG64(problem.seed))
-        self._radius = min(_FIRST * problem.step, _LARGEST)
+        self._radius = min(_FIRST * problem.step / np.sqrt(len(problem.start)), _LARGEST)
         self._points: list[_Point] = []
         self._suggested: deque[Vector] = deque()
         self._pending: list[Vector] = []
