@@ -76,7 +76,8 @@ def test_sizes_that_were_learned_are_more_probable_than_those_around_them() -> N
     random = np.random.default_rng(5)
     points = random.uniform(-1, 1, (40, 2))
     shares = np.eye(PARTS)[random.integers(PARTS, size=40)]
-    losses = (points**2).sum(1) + shares @ random.normal(size=PARTS)
+    losses = (points**2).sum(1) + shares @ random.normal(size=PARTS) + random.normal(0, 0.1, 40)
+    losses += (shares @ random.normal(0, 0.3, (PARTS, 2)) * points).sum(1)
     data = Observed(points, shares, losses)
     surrogate = Surrogate(2)
     for _ in range(20):  # each fit goes on where the last one ended

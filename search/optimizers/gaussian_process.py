@@ -9,6 +9,7 @@ are numbers: it needs far fewer scored items than an evolution strategy, and mor
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class GaussianProcess:
         self._options = options if isinstance(options, GaussianProcessOptions) else GaussianProcessOptions()
         self._problem = problem
         self._random = np.random.Generator(np.random.PCG64(problem.seed))
-        self._radius = min(_FIRST * problem.step / np.sqrt(len(problem.start)), _LARGEST)
+        self._radius = min(_FIRST * problem.step / math.sqrt(len(problem.start)), _LARGEST)
         self._points: list[_Point] = []
         self._suggested: deque[Vector] = deque()
         self._pending: list[Vector] = []
