@@ -45,7 +45,9 @@ def real_config(family: str, budget: int) -> dict[str, Any]:
         return str(folder / value) if isinstance(value, str) and value.startswith("./") else value
 
     found: dict[str, Any] = absolute(config)
-    found["search"] = {**found["search"], "budget": budget, "finalists": 1, "window": 2}
+    # Optimiser and fitness are what is compared.
+    kept = {key: value for key, value in found["search"].items() if key not in ("optimizer", "fitness")}
+    found["search"] = {**kept, "budget": budget, "finalists": 1, "window": 2}
     found["cluster"] = {"pool": "local", "workers": 1}
     if family == "vision":  # thousands of pictures for a certificate, more than a comparison of searches needs
         for section in found["evaluators"].values():
