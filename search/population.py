@@ -354,7 +354,7 @@ class Population:
         if race is None:
             whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
             optimizer: object = self._optimizer
-            if candidate.genome is not None and isinstance(optimizer, PoolsParts):
+            if self.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
                 whole = whole or optimizer.wants_all_items()
             race = fitness.race(self.objective, whole, _role(candidate))
         asked = replace(candidate, race=race)
