@@ -202,6 +202,7 @@ def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers
         ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
         ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
         ({"constraints": ["python.nll <= 5"]}, "cannot be seen on a few items"),
+        ({"objectives": ["python.perplexity", "cpp.nll"]}, "'python.perplexity' has no value per item"),
     ],
 )
 def test_what_cannot_be_scored_on_parts_is_refused(

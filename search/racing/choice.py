@@ -9,8 +9,12 @@ from search.config import Config
 from search.optimizer import OPTIMIZERS, PoolsParts
 
 
-def rotate_faults(config: Config, optimizer: str) -> Iterator[str]:
-    """What is wrong with `search.fitness.rotate: true`."""
+def rotate_faults(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> Iterator[str]:
+    """What is wrong with `search.fitness.rotate: true`.
+
+    Args:
+        metrics: those that are known, as `<evaluator>.<metric>`.
+    """
     fitness = config.search.fitness
     if not fitness.rotate:
         return
@@ -18,6 +22,9 @@ def rotate_faults(config: Config, optimizer: str) -> Iterator[str]:
         yield "racing scores all candidates on the same items, rotate each on others; choose one of them"
     if config.constraints:
         yield "whether a constraint is kept cannot be seen on a few items; leave rotate out"
+    for term in config.objectives.terms:
+        if term.metric in metrics and not metrics[term.metric].per_item:
+            yield f"'{term.metric}' has no value per item, so nothing is known of it part by part; leave rotate out"
     if not _pools_parts(config, optimizer):
         yield (
             f"the optimizer '{optimizer}' takes every score as it is and cannot put those of different items together; "
