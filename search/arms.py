@@ -114,8 +114,11 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
             baselines = tuple(BaselineConfig(name=one) for one in missing)
             search = search.model_copy(update={"baselines": baselines, "baselines_only": True})
         case "random_search":
-            fitness = search.fitness.model_copy(update={"rotate": False})
-            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name), "fitness": fitness})
+            if search.fitness.rotate:
+                # It needs no generation 0, which on all items would take what a search on parts has used.
+                fitness = search.fitness.model_copy(update={"rotate": False})
+                search = search.model_copy(update={"fitness": fitness, "baselines": ()})
+            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
             make_optimizer = optimizer_named(name)
         case "placebo":
             space = replace(space, models=placebo_models(setup))

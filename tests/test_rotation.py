@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from racing_runs import Quiet, checked, contents, pool_of
 
 from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
+from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
 from search.objective import Objective, Term
@@ -26,7 +27,9 @@ from search.racing.rotation import Rotation
 from search.run import resume, start
 from search.setup import check
 from search.store.events import Ask, Trial
+from search.store.history import History
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
 
 pytest_plugins = ["family", "racing_family"]
 
@@ -182,6 +185,23 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     finalists = [e.candidate for e in events if isinstance(e, Trial) and e.items == "select"]
     assert any(origins[id_] == "search" for id_ in finalists)
     assert (finished.model / "model.safetensors").exists()
+
+
+def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rotating_config["search"]["budget"] = 50
+    finished = start(checked(rotating_config | {"certify": {"random_search": True}}, tmp_path), pool_of(1), Quiet())
+    with History.open(finished.folder.arms / "random_search" / "history", writable=False) as history:
+        events = history.events()
+    origins = [event.origin for event in events if isinstance(event, Ask)]
+    items, none = 3 * 48, Sessions(tmp_path / "none")
+    spent = Used.of(finished.folder.events(), none, items).item_evaluations
+    assert spent - items < Used.of(events, none, items).item_evaluations <= spent
+    assert origins.count("search") == spent // items - 4, "all but what the parents and the base take"
+    trials = [event for event in events if isinstance(event, Trial)]
+    assert all(trial.scored is None for trial in trials)
+    assert {trial.items for trial in trials} == {"search", "select", "certify"}
 
 
 def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers(
