@@ -166,8 +166,8 @@ class OptimizerConfig(_Section):
 
     name: str = Field(
         "auto",
-        description="auto: chosen by size and kind of the genome; gaussian_process, diagonal_cma, full_cma, natural_niches, map_elites, "
-        "nsga2, random_search, or a name of nevergrad's registry",
+        description="auto: chosen by size and kind of the genome; gaussian_process, diagonal_cma, full_cma, "
+        "natural_niches, map_elites, nsga2, random_search, or a name of nevergrad's registry",
     )
     step: float = Field(
         0.1, gt=0, le=1, description="first step of diagonal_cma and full_cma, as a fraction of a gene's range"
