@@ -106,6 +106,19 @@ def test_the_losses_of_all_parts_have_the_loss_as_their_mean_and_hold_every_item
         assert sorted(seen[f"e{k}"]) == sorted(Items(counts[k]).items("search"))
 
 
+def test_a_part_whose_items_weigh_nothing_has_nothing_to_say() -> None:
+    rotation, objective = rotation_of([40]), objective_of([40])
+    items = Items(40).items("search")
+    order = item_order(SEED, "e0", tuple(items))
+    weights = np.array([float(order.index(item) >= 4) for item in items])
+    values = np.random.default_rng(0).normal(size=40)
+    whole = scored(rotation.race(objective, True), [40], {"e0": values}, {"e0": weights})
+    rotation.learn(whole, parent=True)
+    parts = rotation.losses_of_parts(objective, {}, whole)
+    assert (len(parts), parts[0]) == (10, 0)
+    assert np.mean(list(parts.values())) == pytest.approx(np.average(values, weights=weights))
+
+
 def test_generation_0_is_compared_on_the_same_items_and_decides_on_more() -> None:
     counts = [80, 100]
     rotation, objective = rotation_of(counts), objective_of(counts)
