@@ -281,6 +281,17 @@ class Population:
             cautious = dict(zip(losses, expected.tolist(), strict=True))
         return sorted(cautious, key=lambda id_: (cautious[id_], id_))
 
+    def expected(self, candidate: int) -> float | None:
+        """The objective of a candidate of the optimiser on all search items, by all that was told of candidates on
+        parts of them; None where every one is scored on the same items."""
+        optimizer: object = self._optimizer
+        genome = self._candidates[candidate].genome
+        if not (self.rotates and isinstance(optimizer, PoolsParts) and genome is not None):
+            return None
+        # Losses of parts lack what normalises the metrics.
+        level = self.objective.value({term.metric: 0.0 for term in self.objective.terms})
+        return optimizer.expected_loss(genome.vector()) + level
+
     def _tell_fitness(
         self,
         fitness: Fitness,

@@ -17,19 +17,23 @@ from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
 from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
+from search.evaluation import Evaluation
 from search.objective import Objective, Term
 from search.optimizer import Problem, Result
 from search.optimizers.gaussian_process import GaussianProcess, GaussianProcessOptions
+from search.pool import Job
 from search.racing.config import FitnessConfig
 from search.racing.ladder import item_order
 from search.racing.race import Race
 from search.racing.rotation import Rotation
-from search.run import resume, start
+from search.replay import replay_ordered
+from search.run import make_population, resume, start
 from search.setup import check
 from search.store.events import Ask, Trial
 from search.store.history import History
 from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
+from search.worker_plan import worker_plan
 
 pytest_plugins = ["family", "racing_family"]
 
@@ -198,6 +202,19 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     finalists = [e.candidate for e in events if isinstance(e, Trial) and e.items == "select"]
     assert any(origins[id_] == "search" for id_ in finalists)
     assert (finished.model / "model.safetensors").exists()
+    optimism = finished.verdict.optimism
+    assert optimism is not None
+    assert optimism.on_part == trials[finished.verdict.winner].scored
+    # What all candidates say together is nearer to the truth than the few items of one can be.
+    everything = Evaluation(worker_plan(setup))
+    population = make_population(setup, 4)
+    assert not replay_ordered(events, population, 4)
+    found = [c for c in population.candidates if c.origin == "search" and trials[c.id].scored is not None][::6]
+    exact = [population.objective.value(everything.run(Job(c.id, c.recipe, "search")).metrics) for c in found]
+    expected = [population.expected(c.id) for c in found]
+    rough = [trials[c.id].loss for c in found]
+    errors = [float(np.abs(np.array(guesses, float) - exact).mean()) for guesses in (expected, rough)]
+    assert errors[0] < 0.7 * errors[1], errors
 
 
 def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(

@@ -21,6 +21,7 @@ from search.progress import Progress
 from search.racing.config import FitnessConfig
 from search.racing.kinds import make_fitness
 from search.racing.ladder import item_order
+from search.replay import replay_ordered
 from search.store.events import Ask, Event, Extended, Trial
 from search.store.history import History
 from search.store.sessions import Sessions
@@ -134,6 +135,16 @@ def test_the_history_is_the_same_after_every_stop_with_failures_on_any_number_of
         folder = tmp_path / str(number)
         drive(folder, Pool(3, number), stop_after=stop_after)
         assert content(drive(folder, Pool(4, 50 + number))) == content(whole)
+
+
+def test_what_is_expected_is_in_the_unit_of_the_loss(whole: list[Event]) -> None:
+    made = make_fitness(FitnessConfig(rotate=True), {"e": Table()}, SEED, WINDOW, front=False)
+    told = population(100, WINDOW, "parents", "gaussian_process", fitness=made)
+    assert not replay_ordered(whole, told, WINDOW)
+    complete = {t.candidate: t.loss for t in searched(whole) if t.scored is None and not t.failure_kind}
+    assert complete
+    for candidate, loss in complete.items():
+        assert told.expected(candidate) == pytest.approx(loss, abs=0.02)
 
 
 def test_an_extended_run_asks_what_one_with_the_larger_budget_asks(whole: list[Event], tmp_path: Path) -> None:
