@@ -27,7 +27,7 @@ from search.racing.ladder import item_order
 from search.racing.race import Race
 from search.racing.rotation import Rotation
 from search.replay import replay_ordered
-from search.run import make_population, resume, start
+from search.run import export_trial, make_population, resume, start
 from search.setup import check
 from search.store.events import Ask, Trial
 from search.store.history import History
@@ -202,9 +202,14 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     finalists = [e.candidate for e in events if isinstance(e, Trial) and e.items == "select"]
     assert any(origins[id_] == "search" for id_ in finalists)
     assert (finished.model / "model.safetensors").exists()
+    pools = {(e.candidate, e.items) for e in events if isinstance(e, Trial)}
     optimism = finished.verdict.optimism
     assert optimism is not None
     assert optimism.on_part == trials[finished.verdict.winner].scored
+    part = next(id_ for id_, trial in trials.items() if trial.scored is not None and (id_, "select") not in pools)
+    export_trial(finished.folder, tmp_path / "part", part, Quiet())
+    card = (tmp_path / "part" / "README.md").read_text()
+    assert f"Metrics on the search items, estimated from {trials[part].scored} of them:" in card
     # What all candidates say together is nearer to the truth than the few items of one can be.
     everything = Evaluation(worker_plan(setup))
     population = make_population(setup, 4)
