@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from command_line import meiosis, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 from racing_runs import Quiet, checked, contents, pool_of
@@ -256,6 +257,7 @@ def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers
     [
         ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
         ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
+        ({"objectives": {"search": "pareto", "terms": ["python.nll", "cpp.nll"]}}, "for one best merge"),
         ({"constraints": ["python.nll <= 5"]}, "cannot be seen on a few items"),
         ({"objectives": ["python.perplexity", "cpp.nll"]}, "'python.perplexity' has no value per item"),
     ],
@@ -269,6 +271,13 @@ def test_what_cannot_be_scored_on_parts_is_refused(
     with pytest.raises(ConfigError) as caught:
         checked(rotating_config, tmp_path)
     assert said in str(caught.value)
+
+
+def test_the_plan_of_a_search_on_parts_says_what_it_costs_at_most(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = meiosis("plan", write_config(rotating_config, tmp_path))
+    assert f"60 candidates, at most {60 * 3 * 48:,} item evaluations" in " ".join(shown.out.split())
 
 
 def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
