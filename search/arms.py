@@ -116,12 +116,13 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
         case "random_search":
             if search.fitness.rotate:
                 # It needs no generation 0, which on all items would take what a search on parts has used.
-                fitness = search.fitness.model_copy(update={"rotate": False})
-                search = search.model_copy(update={"fitness": fitness, "baselines": ()})
+                search = search.model_copy(update={"baselines": ()})
             search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
             make_optimizer = optimizer_named(name)
         case "placebo":
             space = replace(space, models=placebo_models(setup))
+    if name != "placebo":  # nothing puts parts together, and who is compared with is to be as good as it can be
+        search = search.model_copy(update={"fitness": search.fitness.model_copy(update={"rotate": False})})
     config = setup.config.model_copy(update={"search": search, "seed": derive_seed(setup.config.seed, "arm", name)})
     objective = main.population.objective
     return replace(setup, config=config, space=space, objective=objective, make_optimizer=make_optimizer)

@@ -227,7 +227,8 @@ def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
     rotating_config: dict[str, Any], tmp_path: Path
 ) -> None:
     rotating_config["search"]["budget"] = 50
-    finished = start(checked(rotating_config | {"certify": {"random_search": True}}, tmp_path), pool_of(1), Quiet())
+    certify = {"random_search": True, "standard": True}
+    finished = start(checked(rotating_config | {"certify": certify}, tmp_path), pool_of(1), Quiet())
     with History.open(finished.folder.arms / "random_search" / "history", writable=False) as history:
         events = history.events()
     origins = [event.origin for event in events if isinstance(event, Ask)]
@@ -238,6 +239,9 @@ def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
     trials = [event for event in events if isinstance(event, Trial)]
     assert all(trial.scored is None for trial in trials)
     assert {trial.items for trial in trials} == {"search", "select", "certify"}
+    with History.open(finished.folder.arms / "standard" / "history", writable=False) as history:
+        tuned = [event for event in history.events() if isinstance(event, Trial)]
+    assert all(trial.scored is None for trial in tuned), "rivals are tuned on all items"
 
 
 def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers(
@@ -284,7 +288,8 @@ def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
     rotating_config: dict[str, Any], tmp_path: Path
 ) -> None:
     assert checked(rotating_config, tmp_path).config.search.fitness.rotate
-    rotating_config["constraints"] = ["python.nll <= 5"]
-    file = tmp_path / "constrained.yaml"
-    file.write_text(yaml.safe_dump(rotating_config))
-    assert not check(load_config(file)).config.search.fitness.rotate
+    alone = {**rotating_config["search"], "baselines_only": True}
+    for number, change in enumerate(({"constraints": ["python.nll <= 5"]}, {"search": alone})):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(rotating_config | change))
+        assert not check(load_config(file)).config.search.fitness.rotate

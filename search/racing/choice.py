@@ -43,6 +43,8 @@ def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bo
     fitness = config.search.fitness
     if fitness.rotate is not None:
         return fitness.rotate
+    if config.search.baselines_only:
+        return False  # nothing puts parts together
     by_item = all(metrics[term.metric].per_item for term in config.objectives.terms)
     open_to_it = _one_optimiser_for_one_merge(config) and not (fitness.racing or config.constraints)
     return open_to_it and by_item and _pools_parts(optimizer)
