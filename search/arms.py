@@ -114,11 +114,15 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
             baselines = tuple(BaselineConfig(name=one) for one in missing)
             search = search.model_copy(update={"baselines": baselines, "baselines_only": True})
         case "random_search":
-            fitness = search.fitness.model_copy(update={"rotate": False})
-            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name), "fitness": fitness})
+            if search.fitness.rotate:
+                # It needs no generation 0, which on all items would take what a search on parts has used.
+                search = search.model_copy(update={"baselines": ()})
+            search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
             make_optimizer = optimizer_named(name)
         case "placebo":
             space = replace(space, models=placebo_models(setup))
+    if name != "placebo":  # nothing puts parts together, and who is compared with is to be as good as it can be
+        search = search.model_copy(update={"fitness": search.fitness.model_copy(update={"rotate": False})})
     config = setup.config.model_copy(update={"search": search, "seed": derive_seed(setup.config.seed, "arm", name)})
     objective = main.population.objective
     return replace(setup, config=config, space=space, objective=objective, make_optimizer=make_optimizer)

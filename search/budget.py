@@ -120,12 +120,16 @@ class Used:
             scored = (e for e in events if isinstance(e, Trial) and e.items == "search" and e.scores)
             first = next(scored, None)
             items = sum(len(scores.items) for scores in first.scores.values()) if first else 0
-        first_asks: dict[str, int] = {}
+        trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
+        first_asks: dict[object, int] = {}
+        begun: set[str] = set()
         for ask in asks:
-            first_asks.setdefault(_work(ask), ask.candidate)
+            work, trial = _work(ask), trials.get(ask.candidate)
+            if trial is not None or work not in begun:
+                first_asks.setdefault((work, _part(trial)), ask.candidate)
+            begun.add(work)
         # Of candidates that were not scored on all items it is recorded; what is in flight is taken to need all.
-        searched = (e for e in events if isinstance(e, Trial) and e.items == "search" and e.scored is not None)
-        fewer = {trial.candidate: items - trial.scored for trial in searched if trial.scored is not None}
+        fewer = {id_: items - trial.scored for id_, trial in trials.items() if trial.scored is not None}
         spared = sum(fewer.get(candidate, 0) for candidate in first_asks.values())
         return cls(len(asks), len(first_asks) * items - spared, gpu_seconds / 3600, sessions.search_seconds)
 
@@ -134,6 +138,13 @@ def _work(ask: Ask) -> str:
     """Equal for candidates that are evaluated once together: see `Candidate.work`."""
     learns = ask.recipe is not None and ask.recipe.startswith("{")
     return f"{ask.recipe_hash} {ask.recipe}" if learns else ask.recipe_hash
+
+
+def _part(trial: Trial | None) -> object:
+    """Equal for candidates with one recipe that were scored on the same items: on others it is scored anew."""
+    if trial is None or trial.scored is None:
+        return None
+    return trial.scored, tuple((name, block.items[:1]) for name, block in sorted(trial.scores.items()))
 
 
 def gpu_seconds_of(trial: Trial, gpus_per_worker: float) -> float:

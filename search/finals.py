@@ -406,21 +406,28 @@ def _optimism(
     }
     pools: tuple[ItemPool, ...] = ("search", "select", "certify")
     value = {pool: objective.value(trials[winner.id, pool].metrics) for pool in pools}
-    flattery = expected_flattery(objective, evaluators, seen, winner.id, finalists, seed)
+    shrunken = expected = driver.population.expected(winner.id)
+    if shrunken is None:
+        flattery = expected_flattery(objective, evaluators, seen, winner.id, finalists, seed)
+        shrunken = value["search"] - flattery
     known: dict[ItemPool, float] = {}
     if reference is not None:
         found = {pool: trials.get((reference.id, pool)) for pool in pools}
+        if expected is not None and (there := found["search"]) is not None and there.scored is not None:
+            del found["search"]  # other items than the winner's
         known = {p: objective.value(m) for p, t in found.items() if t is not None and (m := usable_metrics(t))}
     compared = known.keys() == value.keys() and reference is not None
     return Optimism(
         candidates=len(seen),
         search=value["search"],
-        shrunken=value["search"] - flattery,
+        shrunken=shrunken,
         select=value["select"],
         certify=value["certify"],
         reference=reference.origin if compared and reference else None,
         reference_search=known.get("search") if compared else None,
         reference_certify=known.get("certify") if compared else None,
+        on_part=trials[winner.id, "search"].scored if expected is not None else None,
+        pooled=expected is not None,
     )
 
 

@@ -16,7 +16,7 @@ from search.setup import Setup, has_gpu, window
 from search.store.run_folder import RunFolder
 
 FORMAT = 1
-PACKAGES = ("meiosis", "torch", "transformers", "nevergrad", "cma", "numpy", "ray", "pyarrow", "safetensors")
+PACKAGES = ("meiosis", "torch", "transformers", "nevergrad", "cma", "numpy", "scipy", "ray", "pyarrow", "safetensors")
 _KEYS = ("format", "window", "models", "data_sha256", "versions", "config")
 
 
@@ -72,6 +72,7 @@ _CONSEQUENCE = {
     "nevergrad": _ASKS,
     "cma": _ASKS,
     "numpy": _ASKS,
+    "scipy": _ASKS,
     "ray": _NOTHING,
     "pyarrow": _NOTHING,
     "safetensors": _NOTHING,
@@ -84,7 +85,7 @@ def changed_versions(manifest: dict[str, Any]) -> Iterable[str]:
     ours = manifest["config"]["search"]["optimizer"]["name"] in OPTIMIZERS.names()
     unused = {"nevergrad"} if ours else set()
     for name, now in versions().items():
-        then = manifest["versions"].get(name)
+        then = manifest["versions"].get(name, now)  # a run that is older than the list knows nothing of some
         if then != now:
             meaning = _NOTHING if name in unused else _CONSEQUENCE.get(name, _BITS)
             yield f"the run started with {name} {then}, now it is {now}: {meaning}"

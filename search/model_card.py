@@ -55,7 +55,8 @@ def model_card(
     if candidate is not None:
         lines += [f"Candidate {candidate.id} of the run, origin: {candidate.origin}.", ""]
     if trial is not None and trial.metrics:
-        lines += [f"Metrics on the {trial.items} items:", "", "| metric | value |", "|---|---|"]
+        rough = "" if trial.scored is None else f", estimated from {trial.scored} of them"
+        lines += [f"Metrics on the {trial.items} items{rough}:", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.6g} |" for name, value in sorted(trial.metrics.items())]
         lines.append("")
     if verdict is not None:

@@ -120,6 +120,7 @@ def import_nevergrad() -> tuple[Any, Any]:
 @cache
 def _blas() -> Any:
     """The BLAS libraries that are loaded, looked up once: looking costs more than an ask."""
+    import scipy.linalg  # noqa: F401 - brings a BLAS of its own
     from threadpoolctl import ThreadpoolController
 
     import_cma()

@@ -121,6 +121,9 @@ class PoolsParts(Protocol):
         """(n,) by which losses points that were told, (n, n_genes), are to be ranked: what they are expected to be on
         all items, cautiously, but for a constant."""
 
+    def expected_loss(self, point: Vector) -> float:
+        """What a point that was told, (n_genes,), is expected to lose on all items, but for the same constant."""
+
 
 MakeOptimizer = Callable[[Problem], Optimizer]
 """A function, or a class. It may have `Options`, a subclass of `OptimizerOptions` for the keys beside `name` in the

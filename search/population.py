@@ -281,6 +281,17 @@ class Population:
             cautious = dict(zip(losses, expected.tolist(), strict=True))
         return sorted(cautious, key=lambda id_: (cautious[id_], id_))
 
+    def expected(self, candidate: int) -> float | None:
+        """The objective of a candidate of the optimiser on all search items, by all that was told of candidates on
+        parts of them; None where every one is scored on the same items."""
+        optimizer: object = self._optimizer
+        genome = self._candidates[candidate].genome
+        if not (self.rotates and isinstance(optimizer, PoolsParts) and genome is not None):
+            return None
+        # Losses of parts lack what normalises the metrics.
+        level = self.objective.value({term.metric: 0.0 for term in self.objective.terms})
+        return optimizer.expected_loss(genome.vector()) + level
+
     def _tell_fitness(
         self,
         fitness: Fitness,
@@ -354,7 +365,7 @@ class Population:
         if race is None:
             whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
             optimizer: object = self._optimizer
-            if candidate.genome is not None and isinstance(optimizer, PoolsParts):
+            if self.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
                 whole = whole or optimizer.wants_all_items()
             race = fitness.race(self.objective, whole, _role(candidate))
         asked = replace(candidate, race=race)

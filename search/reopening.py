@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from search.baseline import BASELINES, options_class
 from search.config import parse_config
 from search.errors import RunError
 from search.manifest import changed_device, changed_versions, read_manifest
@@ -32,6 +33,7 @@ def load_setup(
     then = Path(manifest["config"]["results"])
     config = relocated(manifest, str(folder.config), Places(tuple(dict.fromkeys(known)), then, now, watcher.line))
     config["cluster"] = _changed_cluster(config["cluster"], changes or {})
+    config["search"]["baselines"] = [_baseline_then(entry) for entry in config["search"]["baselines"]]
     config["tracking"] = known_trackers(config.get("tracking", []), watcher.line)
     source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.config))
     setup = check(parse_config(source, folder.path), report=watcher.line)
@@ -51,6 +53,14 @@ def load_setup(
                 f"the data of evaluator '{name}' changed since the run started; put it back, or start a new run"
             )
     return setup
+
+
+def _baseline_then(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A baseline as a run has it that may be older than some of its options."""
+    [(name, options)] = [(entry, {})] if isinstance(entry, str) else entry.items()
+    if name in BASELINES.names() and "halvings" in options_class(name).model_fields:
+        options = {"halvings": 0, **options}  # sweeps ended where their values did
+    return {name: options}
 
 
 def _changed_cluster(recorded: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

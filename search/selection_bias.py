@@ -36,11 +36,14 @@ class Optimism:
     Attributes:
         candidates: how many candidates it was the best of.
         search: on the search items, which it was found with: flattered.
-        shrunken: the same without the expected flattery.
+        shrunken: the same without the expected flattery; where candidates are scored on parts of the items, what the
+            optimiser expects of all items, by all that it was told.
         select: on the select items, on which it was chosen among the finalists: flattered a little.
         certify: on the certify items: unbiased, nothing was chosen on them.
         reference: label of the best baseline, and its values on the search and certify items: items differ in
             difficulty, which what both have in common takes out. None where there is none.
+        on_part: number of search items, if it was scored on a part of them: `search` is then an estimate.
+        pooled: whether `shrunken` comes from the optimiser.
     """
 
     candidates: int
@@ -51,6 +54,8 @@ class Optimism:
     reference: str | None = None
     reference_search: float | None = None
     reference_certify: float | None = None
+    on_part: int | None = None
+    pooled: bool = False
 
     @property
     def seen_lead(self) -> float | None:

@@ -162,7 +162,7 @@ def check(
         _check_architecture(checkpoints[BASE], evaluators, faults)
     optimizer = chosen_optimizer(config, space)
     make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
-    for message in rotate_faults(config, optimizer.name):
+    for message in rotate_faults(config, optimizer.name, metrics):
         faults.add(("search", "fitness", "rotate"), message)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)

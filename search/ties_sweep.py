@@ -41,7 +41,8 @@ class TiesSweep:
         options = known.options
         first = 1.0 if 1.0 in options.lambdas else options.lambdas[0]
         if options.grid:
-            for density, scale in product(options.densities, options.lambdas):
+            every = product(options.densities, options.lambdas)
+            for density, scale in sorted(every, key=lambda pair: pair[1] != first):
                 yield self._proposal(known, density, scale)
             return
         best = yield from swept(known, options.densities, options.halvings, lambda d: self._proposal(known, d, first))

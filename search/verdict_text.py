@@ -34,11 +34,14 @@ def notes(verdict: Verdict) -> list[str]:
 
 
 def _optimism(seen: Optimism) -> Iterator[str]:
+    rough = "" if seen.on_part is None else f" (estimated from the {seen.on_part} of them that it was scored on)"
+    shrunken = "without what it owes to that choice (bootstrap)"
+    if seen.pooled:
+        shrunken = "as expected from the scores of all of them together"
     yield (
-        f"Winner's curse: the objective was {seen.search:.4f} on the search items, on which the found merge was "
-        f"chosen among {seen.candidates} candidates, {seen.shrunken:.4f} without what it owes to that choice "
-        f"(bootstrap), {seen.select:.4f} on the select items and {seen.certify:.4f} on the certify items, where "
-        "nothing was chosen."
+        f"Winner's curse: the objective was {seen.search:.4f} on the search items{rough}, on which the found merge was "
+        f"chosen among {seen.candidates} candidates, {seen.shrunken:.4f} {shrunken}, {seen.select:.4f} on the select "
+        f"items and {seen.certify:.4f} on the certify items, where nothing was chosen."
     )
     if seen.seen_lead is not None and seen.shrunken_lead is not None and seen.certified_lead is not None:
         yield (

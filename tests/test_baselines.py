@@ -157,7 +157,7 @@ def test_ties_sweeps_the_density_and_then_lambda_at_the_best_one() -> None:
     assert found["ties 0.5 x1.5"].rules[0].parameters == {"lambda": 1.5}
     assert found["ties 0.2"].rules[0].parameters == {}
     grid = proposals("dare_ties", flat, {"densities": [0.1, 0.9], "lambdas": [1, 2], "grid": True})
-    assert set(grid) == {"dare_ties 0.1", "dare_ties 0.9", "dare_ties 0.1 x2", "dare_ties 0.9 x2"}
+    assert list(grid) == ["dare_ties 0.1", "dare_ties 0.9", "dare_ties 0.1 x2", "dare_ties 0.9 x2"]
 
 
 def test_a_sweep_goes_on_below_its_smallest_value_as_long_as_that_is_better_than_all_others() -> None:

@@ -363,6 +363,14 @@ def test_another_nevergrad_means_something_where_it_proposes(optimizer: str, sai
     assert said in line
 
 
+def test_another_scipy_may_mean_other_proposals_and_older_runs_do_not_know_theirs() -> None:
+    config = {"search": {"optimizer": {"name": "gaussian_process"}}}
+    (line,) = changed_versions({"config": config, "versions": versions() | {"scipy": "0.9"}})
+    assert "proposes may differ" in line
+    known = {name: version for name, version in versions().items() if name != "scipy"}
+    assert not list(changed_versions({"config": config, "versions": known}))
+
+
 # A full disk
 
 FULL_DISK = """

@@ -9,24 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from command_line import meiosis, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 from racing_runs import Quiet, checked, contents, pool_of
 
 from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
+from search.budget import Used
 from search.config import load_config
 from search.errors import ConfigError, InterruptedRun
+from search.evaluation import Evaluation
 from search.objective import Objective, Term
 from search.optimizer import Problem, Result
 from search.optimizers.gaussian_process import GaussianProcess, GaussianProcessOptions
+from search.pool import Job
 from search.racing.config import FitnessConfig
 from search.racing.ladder import item_order
 from search.racing.race import Race
 from search.racing.rotation import Rotation
-from search.run import resume, start
+from search.replay import replay_ordered
+from search.run import export_trial, make_population, resume, start
 from search.setup import check
 from search.store.events import Ask, Trial
+from search.store.history import History
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
+from search.worker_plan import worker_plan
 
 pytest_plugins = ["family", "racing_family"]
 
@@ -101,6 +109,19 @@ def test_the_losses_of_all_parts_have_the_loss_as_their_mean_and_hold_every_item
     assert cut
     for k in cut:
         assert sorted(seen[f"e{k}"]) == sorted(Items(counts[k]).items("search"))
+
+
+def test_a_part_whose_items_weigh_nothing_has_nothing_to_say() -> None:
+    rotation, objective = rotation_of([40]), objective_of([40])
+    items = Items(40).items("search")
+    order = item_order(SEED, "e0", tuple(items))
+    weights = np.array([float(order.index(item) >= 4) for item in items])
+    values = np.random.default_rng(0).normal(size=40)
+    whole = scored(rotation.race(objective, True), [40], {"e0": values}, {"e0": weights})
+    rotation.learn(whole, parent=True)
+    parts = rotation.losses_of_parts(objective, {}, whole)
+    assert (len(parts), parts[0]) == (10, 0)
+    assert np.mean(list(parts.values())) == pytest.approx(np.average(values, weights=weights))
 
 
 def test_generation_0_is_compared_on_the_same_items_and_decides_on_more() -> None:
@@ -182,6 +203,45 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     finalists = [e.candidate for e in events if isinstance(e, Trial) and e.items == "select"]
     assert any(origins[id_] == "search" for id_ in finalists)
     assert (finished.model / "model.safetensors").exists()
+    pools = {(e.candidate, e.items) for e in events if isinstance(e, Trial)}
+    optimism = finished.verdict.optimism
+    assert optimism is not None
+    assert optimism.on_part == trials[finished.verdict.winner].scored
+    part = next(id_ for id_, trial in trials.items() if trial.scored is not None and (id_, "select") not in pools)
+    export_trial(finished.folder, tmp_path / "part", part, Quiet())
+    card = (tmp_path / "part" / "README.md").read_text()
+    assert f"Metrics on the search items, estimated from {trials[part].scored} of them:" in card
+    # What all candidates say together is nearer to the truth than the few items of one can be.
+    everything = Evaluation(worker_plan(setup))
+    population = make_population(setup, 4)
+    assert not replay_ordered(events, population, 4)
+    found = [c for c in population.candidates if c.origin == "search" and trials[c.id].scored is not None][::6]
+    exact = [population.objective.value(everything.run(Job(c.id, c.recipe, "search")).metrics) for c in found]
+    expected = [population.expected(c.id) for c in found]
+    rough = [trials[c.id].loss for c in found]
+    errors = [float(np.abs(np.array(guesses, float) - exact).mean()) for guesses in (expected, rough)]
+    assert errors[0] < 0.7 * errors[1], errors
+
+
+def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rotating_config["search"]["budget"] = 50
+    certify = {"random_search": True, "standard": True}
+    finished = start(checked(rotating_config | {"certify": certify}, tmp_path), pool_of(1), Quiet())
+    with History.open(finished.folder.arms / "random_search" / "history", writable=False) as history:
+        events = history.events()
+    origins = [event.origin for event in events if isinstance(event, Ask)]
+    items, none = 3 * 48, Sessions(tmp_path / "none")
+    spent = Used.of(finished.folder.events(), none, items).item_evaluations
+    assert spent - items < Used.of(events, none, items).item_evaluations <= spent
+    assert origins.count("search") == spent // items - 4, "all but what the parents and the base take"
+    trials = [event for event in events if isinstance(event, Trial)]
+    assert all(trial.scored is None for trial in trials)
+    assert {trial.items for trial in trials} == {"search", "select", "certify"}
+    with History.open(finished.folder.arms / "standard" / "history", writable=False) as history:
+        tuned = [event for event in history.events() if isinstance(event, Trial)]
+    assert all(trial.scored is None for trial in tuned), "rivals are tuned on all items"
 
 
 def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers(
@@ -201,7 +261,9 @@ def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers
     [
         ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
         ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
+        ({"objectives": {"search": "pareto", "terms": ["python.nll", "cpp.nll"]}}, "for one best merge"),
         ({"constraints": ["python.nll <= 5"]}, "cannot be seen on a few items"),
+        ({"objectives": ["python.perplexity", "cpp.nll"]}, "'python.perplexity' has no value per item"),
     ],
 )
 def test_what_cannot_be_scored_on_parts_is_refused(
@@ -215,11 +277,19 @@ def test_what_cannot_be_scored_on_parts_is_refused(
     assert said in str(caught.value)
 
 
+def test_the_plan_of_a_search_on_parts_says_what_it_costs_at_most(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = meiosis("plan", write_config(rotating_config, tmp_path))
+    assert f"60 candidates, at most {60 * 3 * 48:,} item evaluations" in " ".join(shown.out.split())
+
+
 def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
     rotating_config: dict[str, Any], tmp_path: Path
 ) -> None:
     assert checked(rotating_config, tmp_path).config.search.fitness.rotate
-    rotating_config["constraints"] = ["python.nll <= 5"]
-    file = tmp_path / "constrained.yaml"
-    file.write_text(yaml.safe_dump(rotating_config))
-    assert not check(load_config(file)).config.search.fitness.rotate
+    alone = {**rotating_config["search"], "baselines_only": True}
+    for number, change in enumerate(({"constraints": ["python.nll <= 5"]}, {"search": alone})):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(rotating_config | change))
+        assert not check(load_config(file)).config.search.fitness.rotate

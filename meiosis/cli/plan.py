@@ -136,7 +136,8 @@ def _show(setup: Setup, plan: dict[str, Any], memory: MemoryPlan) -> None:
         console.print(f"Limits, of which the first that is reached ends the search: {limits}.", soft_wrap=True)
     if again := [arm.replace("_", " ") for arm in cost["compared with"] if arm != "standard"]:
         console.print(f"To compare the winner with {' and '.join(again)} costs at most as much again, for each.")
-    at_most = "at most " if setup.config.search.fitness.racing else ""
+    fitness = setup.config.search.fitness
+    at_most = "at most " if fitness.racing or fitness.rotate else ""
     console.print(
         f"Cost: {cost['candidates']} candidates, {at_most}{cost['item evaluations']:,} item evaluations on the search "
         "items. "

@@ -9,8 +9,12 @@ from search.config import Config
 from search.optimizer import OPTIMIZERS, PoolsParts
 
 
-def rotate_faults(config: Config, optimizer: str) -> Iterator[str]:
-    """What is wrong with `search.fitness.rotate: true`."""
+def rotate_faults(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> Iterator[str]:
+    """What is wrong with `search.fitness.rotate: true`.
+
+    Args:
+        metrics: those that are known, as `<evaluator>.<metric>`.
+    """
     fitness = config.search.fitness
     if not fitness.rotate:
         return
@@ -18,7 +22,12 @@ def rotate_faults(config: Config, optimizer: str) -> Iterator[str]:
         yield "racing scores all candidates on the same items, rotate each on others; choose one of them"
     if config.constraints:
         yield "whether a constraint is kept cannot be seen on a few items; leave rotate out"
-    if not _pools_parts(config, optimizer):
+    for term in config.objectives.terms:
+        if term.metric in metrics and not metrics[term.metric].per_item:
+            yield f"'{term.metric}' has no value per item, so nothing is known of it part by part; leave rotate out"
+    if not _one_optimiser_for_one_merge(config):
+        yield "only a search of the whole genome for one best merge puts parts together, no front and no second stage"
+    elif not _pools_parts(optimizer):
         yield (
             f"the optimizer '{optimizer}' takes every score as it is and cannot put those of different items together; "
             "use gaussian_process, or leave rotate out"
@@ -34,13 +43,17 @@ def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bo
     fitness = config.search.fitness
     if fitness.rotate is not None:
         return fitness.rotate
+    if config.search.baselines_only:
+        return False  # nothing puts parts together
     by_item = all(metrics[term.metric].per_item for term in config.objectives.terms)
-    return _pools_parts(config, optimizer) and by_item and not (fitness.racing or config.constraints)
+    open_to_it = _one_optimiser_for_one_merge(config) and not (fitness.racing or config.constraints)
+    return open_to_it and by_item and _pools_parts(optimizer)
 
 
-def _pools_parts(config: Config, optimizer: str) -> bool:
-    """Whether one optimiser has the whole genome, searches for one best merge, and knows parts."""
+def _one_optimiser_for_one_merge(config: Config) -> bool:
     path = config.space.path
-    if config.objectives.search == "pareto" or (path is not None and path.stage == "after"):
-        return False
+    return config.objectives.search != "pareto" and (path is None or path.stage != "after")
+
+
+def _pools_parts(optimizer: str) -> bool:
     return optimizer in OPTIMIZERS.names() and hasattr(OPTIMIZERS.get(optimizer), PoolsParts.wants_all_items.__name__)

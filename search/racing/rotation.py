@@ -73,6 +73,8 @@ class Rotation(Fitness):
             for part in chosen:
                 begin, end = self._edges(name, part)
                 here = slice(begin - first, end - first)
+                if not weights[here].any():
+                    continue
                 # So that the mean over all parts is the weighted mean over all items, whatever their sizes.
                 scale = 1.0 if self._is_uncut(name) else self._parts * self._share(name, weights[here])
                 found[part] += scale * float(np.average(influence[here], weights=weights[here]))
@@ -93,7 +95,7 @@ class Rotation(Fitness):
             self._errors[candidate] = self._residuals(scores, coefficients_of(objective))[1]
 
     def _is_uncut(self, name: str) -> bool:
-        return self._totals[name] <= SMALLEST or self._totals[name] < self._parts
+        return self._totals[name] <= SMALLEST
 
     def _edges(self, name: str, part: int) -> tuple[int, int]:
         total = self._totals[name]

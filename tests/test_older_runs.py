@@ -1,0 +1,36 @@
+"""Runs whose folders lack what was added to configs later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from racing_runs import Quiet, checked, contents, pool_of
+
+from search.errors import InterruptedRun
+from search.run import resume, start
+from search.store.run_folder import RunFolder
+
+pytest_plugins = ["family"]
+
+
+def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_parts(
+    family_config: dict[str, Any], tmp_path: Path
+) -> None:
+    baselines = [{"task_arithmetic": {"scales": [0.5, 1], "halvings": 0}}, {"ties": {"halvings": 0}}, "slerp"]
+    family_config["search"] |= {"budget": 18, "window": 2, "baselines": baselines}
+    setup = checked(family_config, tmp_path)
+    whole = start(setup, pool_of(1), Quiet(), "whole")
+    with pytest.raises(InterruptedRun):
+        start(setup, pool_of(1), Quiet(stop_after=4), "older")
+    folder = RunFolder(whole.folder.path.parent / "older")
+    text = yaml.safe_load(folder.config.read_text())
+    for entry in text["config"]["search"]["baselines"]:
+        [options] = entry.values()
+        options.pop("halvings", None)
+    del text["config"]["search"]["fitness"]["rotate"]
+    folder.config.write_text(yaml.safe_dump(text))
+    resume(folder, pool_of(1), Quiet())
+    assert contents(folder) == contents(whole.folder)
