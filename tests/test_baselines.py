@@ -407,9 +407,10 @@ def test_a_run_writes_the_options_of_its_baselines_in_full(family_config: dict[s
 
 @pytest.mark.parametrize("name", ["tsv_m", "iso_c"])
 def test_a_sweep_of_scales_proposes_its_operator_at_every_scale(name: str) -> None:
+    options = {"scales": [0.5, 2], "halvings": 0}
     for operator, weights in ((name, {"a": 0.5, "b": 0.5}), ("task_arithmetic", None)):
         known = Generation0(("a", "b"), lambda _: None, operators=(operator,))
-        found = [proposal for proposal in start_baseline(name, {"scales": [0.5, 2]}, known) if proposal is not None]
+        found = [proposal for proposal in start_baseline(name, options, known) if proposal is not None]
         assert [proposal.label for proposal in found] == [f"{name} 0.5", f"{name} 2"]
         assert [proposal.rules[0].parameters for proposal in found] == [{"lambda": 0.5}, {"lambda": 2.0}]
         assert {proposal.rules[0].operator for proposal in found} == {name}

@@ -400,6 +400,8 @@ def examples() -> list[Path]:
     root = Path(__file__).parents[1]
     found = sorted((root / "examples").rglob("*.y*ml"))
     assert "recipe.yaml" in {path.name for path in found}
+    # That of the vision family is planned where one is made: test_samples_vision.py.
+    found = [path for path in found if path.name != "vision.yaml"]
     return [*found, root / "meiosis" / "samples" / "text.yaml"]
 
 

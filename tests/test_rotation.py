@@ -180,7 +180,7 @@ def test_failures_are_kept_away_from_and_do_not_stop_it() -> None:
 @pytest.fixture
 def rotating_config(racing_config: dict[str, Any]) -> dict[str, Any]:
     racing_config["search"] |= {"budget": 60, "optimizer": "gaussian_process", "fitness": {"first": 0.1}}
-    racing_config["search"]["baselines"] = ["greedy_soup", "task_arithmetic"]
+    racing_config["search"]["baselines"] = ["greedy_soup"]
     return racing_config
 
 
