@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from quality.methods import Method, chosen
+from quality.methods import PEER, Method, chosen
 from quality.reports import Row, markdown, page, rows, write
 from quality.runs import Curve, real_curve, table_curve
 
@@ -66,10 +66,10 @@ def _one(order: tuple[str, str, Method, int, int]) -> Curve | str:
 
 
 def compare(
-    kind: str, name: str, methods: list[Method], seeds: list[int], budget: int, jobs: int
+    kind: str, name: str, methods: list[Method], seeds: list[int], budgets: tuple[int, int], jobs: int
 ) -> tuple[list[Curve], list[str]]:
-    """All curves of one landscape or family, and what could not be run."""
-    orders = [(kind, name, method, seed, budget) for method in methods for seed in seeds]
+    """All curves of one landscape or family, and what could not be run; `budgets`: of the peer, of the others."""
+    orders = [(kind, name, method, seed, budgets[method.name != PEER]) for method in methods for seed in seeds]
     curves, notes = [], []
     results = map(_one, orders) if jobs == 1 else ProcessPoolExecutor(jobs).map(_one, orders)
     for order, result in zip(orders, results, strict=True):
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="names from quality/methods.py; default: all")
     parser.add_argument("--landscapes", nargs="+", help="parquet files or formulas; default: all tables and formulas")
     parser.add_argument("--budget", type=int, default=300, help="candidates of every search")
+    parser.add_argument("--peer-budget", type=int, help="those of the peer, CMA-ES; default: as many")
     parser.add_argument("--tolerance", type=float, default=0.02, help="share of the gain of CMA-ES that may be missing")
     parser.add_argument("--jobs", type=int, default=1, help="searches at once")
     parser.add_argument("--page", type=Path, help="write the curves as html")
@@ -114,9 +115,8 @@ def main() -> None:
     for name in names:
         label = Path(name).stem
         kind = "table" if tables else "real"
-        curves[label], left_out = compare(
-            kind, name, chosen(arguments.methods), seeds, arguments.budget, arguments.jobs
-        )
+        budgets = (arguments.peer_budget or arguments.budget, arguments.budget)
+        curves[label], left_out = compare(kind, name, chosen(arguments.methods), seeds, budgets, arguments.jobs)
         notes += [note for note in left_out if note not in notes]
         found += rows(label, curves[label], arguments.tolerance)
     command = " ".join(["python", "benchmarks/search_quality.py", *sys.argv[1:]])

@@ -21,8 +21,8 @@ def swept(
     halvings: int,
     make: Callable[[float], Proposal],
     tried: Sequence[float] = (),
-) -> Generator[Proposal | None, None, float]:
-    """Propose some values, then half of the smallest as long as that is the one best; returns the best value.
+) -> Generator[Proposal | None, None, dict[str, float]]:
+    """Propose some values, then half of the smallest as long as that is the one best; returns label -> value.
 
     Args:
         values: distinct; below one that is not positive there is nothing to try.
@@ -46,5 +46,4 @@ def swept(
         labels[proposal.label] = labels[smallest] / 2
         halvings -= 1
         yield proposal
-    best = yield from best_of(known, list(labels))
-    return labels[best]
+    return labels

@@ -10,7 +10,7 @@ from itertools import product
 
 from pydantic import Field
 
-from search.baseline import BaselineOptions, Generation0, Proposal, with_default
+from search.baseline import BaselineOptions, Generation0, Proposal, best_of, with_default
 from search.recipe import Rule
 from search.scales import Distinct
 from search.sweep import HALVINGS, swept
@@ -45,7 +45,8 @@ class TiesSweep:
             for density, scale in sorted(every, key=lambda pair: pair[1] != first):
                 yield self._proposal(known, density, scale)
             return
-        best = yield from swept(known, options.densities, options.halvings, lambda d: self._proposal(known, d, first))
+        tried = yield from swept(known, options.densities, options.halvings, lambda d: self._proposal(known, d, first))
+        best = tried[(yield from best_of(known, list(tried)))]
         yield from swept(
             known, options.lambdas, options.halvings, lambda scale: self._proposal(known, best, scale), tried=(first,)
         )

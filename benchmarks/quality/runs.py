@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,11 +95,14 @@ def models_for(landscape_name: str, landscape: Landscape, folder: Path) -> Path:
 def search(config: dict[str, Any], method: Method, seed: int, results: Path) -> RunFolder | str:
     """Run a search, or find the one that was run; a line that says why, where the program cannot do it."""
     name = f"{method.name}-{seed}"
-    if (results / name / "report.md").exists():
-        return RunFolder(results / name)
-    changed = {**with_method(config, method), "seed": seed, "results": str(results)}
-    results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.yaml"
+    changed = {**with_method(config, method), "seed": seed, "results": str(results)}
+    if (results / name / "report.md").exists():
+        if yaml.safe_load(path.read_text())["search"] == changed["search"]:
+            return RunFolder(results / name)
+        shutil.rmtree(results / name)  # with other settings, such as a smaller budget
+        _certified_file(results, method, seed).unlink(missing_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(changed, sort_keys=False))
     try:
         setup = check(load_config(path))
@@ -131,13 +135,17 @@ def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) 
         return run
     seconds = time.perf_counter() - began
     setup, seen = _replayed(run, method)
-    known = folder / f"{method.name}-{seed}.certified.json"
+    known = _certified_file(folder, method, seed)
     if known.exists():
         found = {int(key): value for key, value in json.loads(known.read_text()).items()}
     else:
         found = _certified(setup, seen)
         known.write_text(json.dumps(found))
     return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, seconds)
+
+
+def _certified_file(results: Path, method: Method, seed: int) -> Path:
+    return results / f"{method.name}-{seed}.certified.json"
 
 
 def _certified(setup: Setup, seen: Incumbents) -> dict[int, float]:
