@@ -28,7 +28,7 @@ REFERENCE = ROOT / "results" / "reference"
 TABLES = REFERENCE / "tables"
 WORK = ROOT / "results" / "search_quality"
 PICTURES = 200
-"""Most pictures of a task and pool in the vision family."""
+"""Most pictures of a task that a search in the vision family has; quality is measured on all certify pictures."""
 ANALYTIC = ("bowl-4", "valley-2", "answers-4")
 
 
@@ -49,7 +49,7 @@ def real_config(family: str, budget: int) -> dict[str, Any]:
     kept = {key: value for key, value in found["search"].items() if key not in ("optimizer", "fitness")}
     found["search"] = {**kept, "budget": budget, "finalists": 1, "window": 2}
     found["cluster"] = {"pool": "local", "workers": 1}
-    if family == "vision":  # thousands of pictures for a certificate, more than a comparison of searches needs
+    if family == "vision":
         for section in found["evaluators"].values():
             section["limit"] = PICTURES
     return found
