@@ -19,13 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-from merging.tables import machine
+from results_page import machine, versions, write_page
 from scheduling.metering import PARTS, Meter, metered_search
 from scheduling.problem import make_population, score
 from scheduling.simulated_pool import Fates, SimulatedPool, log_normal, pareto
@@ -216,11 +215,8 @@ def use_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def write(rows: Sequence[Row], loads: tuple[float, float], out: Path) -> None:
     """`driver_cost.md` and `driver_cost.parquet`."""
-    import pyarrow
-    import pyarrow.parquet
-
     command = " ".join(["python", "benchmarks/driver_cost.py", *sys.argv[1:]])
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("nevergrad", "cma", "pyarrow", "ray"))
+    libraries = versions("nevergrad", "cma", "pyarrow", "ray")
     costs = [row for row in rows if row["table"] == "cost"]
     uses = [row for row in rows if row["table"] == "utilisation"]
     lines = [
@@ -256,11 +252,7 @@ def write(rows: Sequence[Row], loads: tuple[float, float], out: Path) -> None:
         "In ordered commit, a candidate that takes long holds back those that are a window behind it; the more workers "
         "there are, the longer the longest of them takes. A barrier waits for the longest of every generation.",
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "driver_cost.md").write_text("\n".join(lines) + "\n")
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
-    pyarrow.parquet.write_table(table, out / "driver_cost.parquet")
+    write_page(out, "driver_cost", "\n".join(lines) + "\n", rows)
     print(out / "driver_cost.md")
 
 

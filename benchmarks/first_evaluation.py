@@ -29,13 +29,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-from merging.tables import machine
+from results_page import machine, versions, write_page
 from starting.timeline import PARTS, first_trial, parts_of, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,11 +179,8 @@ def medians(rows: Sequence[Row]) -> Row:
 
 def write(rows: Sequence[Row], checkouts: Mapping[str, Path], out: Path) -> None:
     """`first_evaluation.md` and `first_evaluation.parquet`."""
-    import pyarrow
-    import pyarrow.parquet
-
     command = shlex.join(["python", "benchmarks/first_evaluation.py", *sys.argv[1:]])
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
+    libraries = versions("torch", "transformers", "ray")
     loads = [row["load"] for row in rows]
     names = [case.name for case in CASES if any(row["case"] == case.name for row in rows)]
     found = {
@@ -232,12 +228,10 @@ def write(rows: Sequence[Row], checkouts: Mapping[str, Path], out: Path) -> None
             lines.append(f"| {meaning} | {' | '.join('' if s is None else f'{s:.2f}' for s in seconds)} |")
         sums = [sum(found[name, what]["parts"].values()) for name in with_parts]
         lines.append(f"| together | {' | '.join(f'{total:.2f}' for total in sums)} |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "first_evaluation.md").write_text("\n".join(lines) + "\n")
     flat = [
         {**{k: v for k, v in row.items() if k != "parts"}, **{p: row["parts"].get(p) for p in PARTS}} for row in rows
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), out / "first_evaluation.parquet")
+    write_page(out, "first_evaluation", "\n".join(lines) + "\n", flat)
     print(out / "first_evaluation.md")
 
 

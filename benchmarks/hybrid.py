@@ -18,19 +18,17 @@ themselves. Takes about half an hour on one core.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-from merging.tables import machine
+from results_page import remade_with, write_page
 
 from evaluators.base import ItemPool
 from search.bootstrap import Bootstrap, holm
@@ -270,9 +268,6 @@ def account(rows: Sequence[Row], table: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], table: Sequence[Row], out: Path) -> None:
     """Print both tables and put them beside the others of the project."""
-    import pyarrow
-    import pyarrow.parquet
-
     lines = [
         "| seed | search | genes | candidates | scales | search items | certify items | against | difference | 95 % "
         "interval | p (Holm) |",
@@ -297,7 +292,6 @@ def write(rows: Sequence[Row], table: Sequence[Row], out: Path) -> None:
         f"| {row['change']} | {row['layers']} | {row['scales']} | {row['loss']:.4f} | {row['added']:+.4f} |"
         for row in table
     ]
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     text = "\n".join(
         [
             "# Merge and path against the merge alone",
@@ -320,19 +314,14 @@ def write(rows: Sequence[Row], table: Sequence[Row], out: Path) -> None:
             "",
             *prices,
             "",
-            f"Remake with `python benchmarks/hybrid.py`. {machine()}; {libraries}. The load of the machine (1 minute) "
-            f"was {os.getloadavg()[0]:.1f} at the end.",
+            remade_with("hybrid.py"),
             "",
         ]
     )
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "hybrid.md").write_text(text)
     every = [{"table": "searches", **row, "scales": " ".join(map(str, row["scales"]))} for row in rows]
     every += [{"table": "changes", **row} for row in table]
-    columns = dict.fromkeys(key for row in every for key in row)
-    same = [{column: row.get(column) for column in columns} for row in every]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(same), out / "hybrid.parquet")
+    write_page(out, "hybrid", text, every)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +249,10 @@ def main() -> None:
 
 def write(rows: Sequence[Mapping[str, Any]], live_bytes: int, source_bytes: int, out: Path) -> None:
     """Print the table and put it beside the others of the project."""
-    import pyarrow
-    import pyarrow.parquet
+    from results_page import versions, write_page
 
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))
+    libraries = versions("torch", "transformers", "ray")
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     text = f"""# Memory of one more worker
 
@@ -276,9 +274,7 @@ In `memory.parquet`, `anonymous_mb` is the part of PSS that no file backs, and `
 to single workers.
 """
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "memory.md").write_text(text)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), out / "memory.parquet")
+    write_page(out, "memory", text, rows)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,17 @@ about twenty minutes on one core and wants it for itself. A sequence that is lef
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
 
-from merging.tables import machine
+from results_page import remade_with, write_page
 
 from search.config import load_config
 from search.errors import UserError
@@ -187,9 +185,6 @@ def with_earlier(rows: Sequence[Row], out: Path) -> list[Row]:
 
 def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Sequence[str]) -> None:
     """Print the table and put it beside the others of the project; `earlier`: sequences of an earlier run."""
-    import pyarrow
-    import pyarrow.parquet
-
     lines = [
         "| sequence | candidates | layers run | without reuse | times fewer | s | s without | times faster | largest "
         "difference of a score |",
@@ -201,8 +196,6 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Seq
             f"{row['times_fewer']:.2f} | {row['seconds']:.1f} | {row['seconds_without']:.1f} | "
             f"{row['times_faster']:.2f} | {row['max_difference']:g} |"
         )
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    load = os.getloadavg()[0]
     text = "\n".join(
         [
             "# Layers that need not run",
@@ -222,15 +215,12 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path, gib: float, earlier: Seq
             "last norm. Repeated candidates are left out."
             + "".join(f" The rows of {name} are of an earlier run: compare no seconds." for name in earlier),
             "",
-            f"Remake with `python benchmarks/prefix_reuse.py`. {machine()}; {libraries}. The load of the machine (1 "
-            f"minute) was {load:.1f} at the end.",
+            remade_with("prefix_reuse.py"),
             "",
         ]
     )
     print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "prefix_reuse.md").write_text(text)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), out / "prefix_reuse.parquet")
+    write_page(out, "prefix_reuse", text, rows)
 
 
 if __name__ == "__main__":

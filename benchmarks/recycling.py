@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from merging.tables import machine
 from recycling_report import markdown_table, mean_and_spread, reading, table_rows
+from results_page import machine, versions
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
@@ -324,7 +323,7 @@ def markdown(
         "",
         f"Seeds {', '.join(map(str, seeds))}. One thread of {machine()}; Python "
         f"{platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers"))
+        + versions("torch", "transformers", "tokenizers")
         + ". On the CPU. Process time counts this process only.",
         "",
         "## A BERT starts a GPT-2",

@@ -34,4 +34,15 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     session.close()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What torch computes in this process in a test, on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 from family import family, family_config  # noqa: E402, F401 - fixtures

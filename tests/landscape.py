@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +76,17 @@ class Deadly(Landscape):
 
 
 class Shuffled:
-    """A pool of `workers` whose results come in an order that a seed decides, as on a real cluster."""
+    """A pool of `workers` whose results come in an order that a seed decides, as on a real cluster.
 
-    def __init__(self, workers: int, seed: int) -> None:
+    Attributes:
+        ran: jobs in that order.
+    """
+
+    def __init__(self, workers: int, seed: int, body: Callable[[Job], Outcome] | None = None) -> None:
+        """`body` makes the outcome of a job; None: that of a `Landscape`."""
         self._workers, self._random = workers, random.Random(seed)
         self._queue: deque[Job] = deque()
-        self._body = Landscape()
+        self._body = body or Landscape().run
         self.ran: list[tuple[int, ItemPool]] = []
 
     @property
@@ -102,7 +107,7 @@ class Shuffled:
         job = self._queue[index]
         del self._queue[index]
         self.ran.append(job.key)
-        return (self._body.run(job),)
+        return (self._body(job),)
 
     def cancel(self, key: tuple[int, ItemPool]) -> None: ...
 

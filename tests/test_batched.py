@@ -12,7 +12,7 @@ import pytest
 import torch
 from recipes import models_of, recipe_of
 from test_prefix_reuse import MAKE
-from test_reuse_in_search import children, decided, questions, setup_of
+from test_reuse_in_search import children, decided, own, plan_with, questions, setup_of
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -22,17 +22,9 @@ from search.errors import ConfigError, UserError
 from search.evaluation import Evaluation
 from search.local_pool import LocalPool
 from search.pool import Job, Outcome, WorkerPlan
-from search.worker_plan import worker_plan
 
 COUNT = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class _Logits:
@@ -99,15 +91,9 @@ def test_a_model_that_torch_cannot_run_so_is_refused_in_one_line() -> None:
 def test_a_pool_scores_candidates_together_as_one_by_one(
     family: Path, tmp_path: Path, family_config: dict[str, Any]
 ) -> None:
-    function = tmp_path / "own.py"
-    function.write_text(
-        "import torch\n"
-        "def score(model):\n"
-        "    return float(torch.rand(()) + model(input_ids=torch.arange(8)[None]).logits.sum() * 1e-3)\n"
-    )
+    drawing = own(tmp_path, "return float(torch.rand(()) + model(input_ids=torch.arange(8)[None]).logits.sum() * 1e-3)")
     setup = setup_of(tmp_path, family_config)
-    own = EvaluatorSpec("own", "python", {"function": f"{function}:score"})
-    plan = replace(worker_plan(setup), evaluators=(*worker_plan(setup).evaluators, questions(tmp_path), own))
+    plan = plan_with(setup, questions(tmp_path), drawing)
     jobs = [replace(job, hash_weights=True) for job in children(setup, 7)]
     one_by_one = [Evaluation(plan).run(job) for job in jobs]
     several = replace(plan, candidates_per_forward=COUNT)

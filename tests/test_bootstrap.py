@@ -6,27 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unscored import Unscored
 
-from evaluators.base import Evaluator, Metric, Scores
+from evaluators.base import ItemPool, Scores
 from search.bootstrap import Bootstrap, holm
 from search.objective import Objective, Term
 
 
-class Measured(Evaluator):
+class Measured(Unscored):
     """Knows its documents; the scores come from the test."""
 
-    metrics = {"loss": Metric("minimize")}  # noqa: RUF012
-
     def __init__(self, documents: dict[str, str]) -> None:
+        super().__init__()
         self._documents = documents
 
-    def prepare(self, context: object) -> None: ...
-
-    def items(self, pool: str) -> list[str]:  # type: ignore[override]
+    def items(self, pool: ItemPool) -> list[str]:
         return list(self._documents)
-
-    def evaluate(self, model: object, items: object) -> object:  # type: ignore[override]
-        raise NotImplementedError
 
     def document_of(self, item: str) -> str:
         return self._documents[item]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from driving import content, search_in
 from landscape import SOURCES, Shuffled, population
 
 from search.budget import (
@@ -19,24 +19,17 @@ from search.budget import (
     refuse_useless,
     why_ended,
 )
-from search.driver import Driver, Limits
+from search.driver import Limits
 from search.errors import UserError
 from search.limits import LimitsConfig, duration, seconds_of
 from search.nevergrad_box import paced_by_budget
 from search.optimizer import Problem
-from search.progress import Progress
-from search.store.events import Ask, Event, Extended, LimitReached, Trial
-from search.store.history import History
+from search.store.events import Ask, Event, LimitReached, Trial
 from search.store.sessions import Session, Sessions
-from search.store.spool import Spool
 
 ITEMS = 20
 """Search items of a candidate of the landscape."""
 WINDOW = 4
-
-
-class Stop(Exception):  # noqa: N818 - stands for the end of the process
-    """The driver dies here."""
 
 
 def drive(
@@ -50,27 +43,15 @@ def drive(
     ordered: bool = True,
 ) -> list[Event]:
     """Search in `folder` until the budget, after an extension to it, or until `stop_after` more events."""
-    with History.open(folder / "history", events_per_segment=30) as history:
-        if extended:
-            history.append(Extended(budget.to_json()))
-        before = len(history)
-
-        def watch(state: Progress) -> None:
-            if stop_after is not None and len(history) - before >= stop_after:
-                raise Stop
-
-        driver = Driver(
-            population(25),  # what the optimiser was made for stays, whatever the budget becomes
-            history,
-            Spool(folder / "spool"),
-            lambda: pool,
-            Limits(budget.candidates, WINDOW, ordered),
-            watch,
-            spending=Spending(budget, ITEMS, seconds=seconds),
-        )
-        with contextlib.suppress(Stop):
-            driver.search()
-        return history.events()
+    return search_in(
+        folder,
+        pool,
+        population(25),  # what the optimiser was made for stays, whatever the budget becomes
+        Limits(budget.candidates, WINDOW, ordered),
+        spending=Spending(budget, ITEMS, seconds=seconds),
+        extended_to=budget if extended else None,
+        stop_after=stop_after,
+    )
 
 
 def asks(events: list[Event]) -> list[object]:
@@ -79,10 +60,6 @@ def asks(events: list[Event]) -> list[object]:
 
 def results(events: list[Event]) -> list[object]:
     return [event.deterministic() for event in events if isinstance(event, Trial)]
-
-
-def content(events: list[Event]) -> list[object]:
-    return [event.deterministic() for event in events]
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,5 @@ def test_the_history_does_not_depend_on_the_workers_that_they_kill(
             deadly = replace(outcome, scores={}, metrics={}, weights_sha256=None, failure=Failure("crash", "as told"))
             return deadly if job.candidate in DEADLY else outcome
 
-    pool = Shuffled(3, seed=1)
-    pool._body = Announced()
+    pool = Shuffled(3, seed=1, body=Announced().run)
     assert digest(search(tmp_path / "local", lambda: pool).events) == digest(two_workers.events)

@@ -7,23 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from driving import content, search_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from landscape import Shuffled, population
 
-from search.driver import Driver, Limits
+from search.driver import Limits
 from search.errors import HistoryError
 from search.optimizer import Problem, Vector
-from search.progress import Progress
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
-from search.store.spool import Spool
 
 BUDGET, WINDOW = 40, 4
-
-
-class Stop(Exception):  # noqa: N818 - stands for the end of the process
-    """The driver dies here."""
 
 
 def drive(
@@ -38,31 +33,9 @@ def drive(
     optimizer: str = "diagonal_cma",
 ) -> list[Event]:
     """Search in `folder` until the budget, or until `stop_after` more events are recorded."""
-    with History.open(folder / "history", events_per_segment=30) as history:
-        before = len(history.events())
-
-        def watch(state: Progress) -> None:
-            if stop_after is not None and len(history.events()) - before >= stop_after:
-                raise Stop
-
-        driver = Driver(
-            population(budget, window, normalize, optimizer),
-            history,
-            Spool(folder / "spool"),
-            lambda: pool,
-            Limits(budget, window, ordered),
-            watch,
-        )
-        try:
-            driver.search()
-            driver.score([c for c in driver.population.candidates if c.id in (3, 5, 9, 12)], "select")
-        except Stop:
-            pass
-        return history.events()
-
-
-def content(events: list[Event]) -> list[object]:
-    return [event.deterministic() for event in events]
+    made = population(budget, window, normalize, optimizer)
+    limits = Limits(budget, window, ordered)
+    return search_in(folder, pool, made, limits, stop_after=stop_after, selected=(3, 5, 9, 12))
 
 
 @pytest.fixture(scope="module")

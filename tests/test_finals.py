@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from landscape import Shuffled, population
+from unscored import Unscored
 
-from evaluators.base import Evaluator, Metric
 from search.config import Constraint
 from search.driver import Driver, Limits
 from search.errors import RunError
@@ -17,21 +17,12 @@ from search.store.history import History
 from search.store.spool import Spool
 
 
-class Known(Evaluator):
+class Known(Unscored):
     """The evaluator of the landscape, as the driver's side sees it: it only knows documents."""
 
-    metrics = {"loss": Metric("minimize")}  # noqa: RUF012
-
     def __init__(self, documents: int) -> None:
+        super().__init__()
         self._documents = documents
-
-    def prepare(self, context: object) -> None: ...
-
-    def items(self, pool: str) -> list[str]:  # type: ignore[override]
-        return []
-
-    def evaluate(self, model: object, items: object) -> object:  # type: ignore[override]
-        raise NotImplementedError
 
     def document_of(self, item: str) -> str:
         return str(int(item.lstrip("abcdefghijklmnopqrstuvwxyz")) % self._documents)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
-from racing_runs import Quiet, checked, contents, pool_of
+from racing_runs import Quiet, checked, contents, pool_of, stopped
 
-from search.errors import InterruptedRun
 from search.run import resume, start
-from search.store.run_folder import RunFolder
 
 pytest_plugins = ["family"]
 
@@ -22,10 +19,7 @@ def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_pa
     baselines = [{"task_arithmetic": {"scales": [0.5, 1], "halvings": 0}}, {"ties": {"halvings": 0}}, "slerp"]
     family_config["search"] |= {"budget": 18, "window": 2, "baselines": baselines}
     setup = checked(family_config, tmp_path)
-    whole = start(setup, pool_of(1), Quiet(), "whole")
-    with pytest.raises(InterruptedRun):
-        start(setup, pool_of(1), Quiet(stop_after=4), "older")
-    folder = RunFolder(whole.folder.path.parent / "older")
+    whole, folder = start(setup, pool_of(1), Quiet(), "whole").folder, stopped(setup, 1, stop_after=4)
     text = yaml.safe_load(folder.config.read_text())
     for entry in text["config"]["search"]["baselines"]:
         [options] = entry.values()
@@ -33,4 +27,4 @@ def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_pa
     del text["config"]["search"]["fitness"]["rotate"]
     folder.config.write_text(yaml.safe_dump(text))
     resume(folder, pool_of(1), Quiet())
-    assert contents(folder) == contents(whole.folder)
+    assert contents(folder) == contents(whole)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from landscape import Landscape, population
-from test_driver import Shuffled, content, drive
+from driving import content
+from landscape import Landscape, Shuffled, population
+from test_driver import drive
 
 from evaluators.base import Scores
 from search.errors import UserError

@@ -3,99 +3,24 @@
 from __future__ import annotations
 
 import math
-import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from landscape import Shuffled, loss_of, population
+from driving import content, search_in
+from landscape import population
+from racing_landscape import ITEMS, SEED, TABLE, WINDOW, Racing
 
-from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
 from search.budget import Budget, Spending, Used
-from search.driver import Driver, Limits
+from search.driver import Limits
 from search.in_flight import Key
-from search.pool import Failure, Job, Outcome
-from search.progress import Progress
 from search.racing.config import FitnessConfig
 from search.racing.fitness import Fitness, censored_loss
-from search.racing.ladder import item_order
 from search.store.events import Ask, Event, LimitReached, Trial
-from search.store.history import History
 from search.store.sessions import Sessions
-from search.store.spool import Spool
-
-ITEMS, WINDOW, SEED = 120, 4, 3
-HARD = np.random.default_rng(0).exponential(1.0, ITEMS)
-# Zero for the parents, so that nothing foretells it.
-NOISY = np.random.default_rng(1).normal(0, 0.3, (ITEMS, 3))
-
-
-class Table(Evaluator):
-    """As many items as there are; it is never asked to score."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.metrics = {"loss": Metric("minimize")}
-
-    def prepare(self, context: Context) -> None: ...
-
-    def items(self, pool: ItemPool) -> Sequence[str]:
-        return [f"{pool}{k}" for k in range(ITEMS)]
-
-    def evaluate(self, model: object, items: Sequence[str]) -> Iterator[Scores]:
-        raise NotImplementedError
-
-
-def run(job: Job) -> Outcome:
-    """What `search.evaluation` does, with a formula for a model; every eleventh candidate fails."""
-    if job.candidate % 11 == 9:
-        return Outcome(job.candidate, job.items, failure=Failure("error", "every eleventh fails"))
-    items = Table().items(job.items)
-    shares = [float(job.recipe.rules[0].sources.get(name, {}).get("weight", 0.0)) for name in ("a", "b", "c")]
-    all_losses = HARD + 2 * loss_of(job.recipe) + NOISY @ (np.array(shares) * np.roll(shares, 1))
-    order = item_order(SEED, "e", tuple(items)) if job.race is not None else tuple(items)
-    values = all_losses[[items.index(item) for item in order]]
-
-    def first(count: int) -> dict[str, Scores]:
-        return {"e": Scores(order[:count], {"loss": values[:count]}, np.ones(count))}
-
-    scores, censored = first(ITEMS), False
-    for rung, sizes in enumerate(job.race.rungs if job.race is not None else ()):
-        scores = first(sizes["e"])
-        if job.race is not None and job.race.stops(rung, scores):
-            censored = True
-            break
-    mean = float(scores["e"].values["loss"].mean())
-    sha = job.recipe.hash if job.hash_weights else None
-    return Outcome(job.candidate, job.items, scores, {"e.loss": mean}, weights_sha256=sha, censored=censored)
-
-
-class Racing(Shuffled):
-    """The pool with that body; counts the items that it scored."""
-
-    def __init__(self, workers: int, seed: int) -> None:
-        super().__init__(workers, seed)
-        self._order = random.Random(seed)
-        self.items = 0
-
-    def wait(self, timeout: float | None = None) -> Sequence[Outcome]:
-        if not self._queue:
-            return ()
-        index = self._order.randrange(self.busy)
-        job = self._queue[index]
-        del self._queue[index]
-        self.ran.append(job.key)
-        outcome = run(job)
-        if job.items == "search":
-            self.items += len(outcome.scores["e"].items) if outcome.scores else job.race.items if job.race else ITEMS
-        return (outcome,)
-
-
-class Stop(Exception):  # noqa: N818 - stands for the end of the process
-    """The driver dies here."""
 
 
 def drive(
@@ -109,32 +34,15 @@ def drive(
     normalize: str = "parents",
 ) -> list[Event]:
     config = FitnessConfig(racing=True, smallest=6, precision=0.04)
-    with History.open(folder / "history", events_per_segment=30) as history:
-        before = len(history.events())
-
-        def watch(state: Progress) -> None:
-            if stop_after is not None and len(history.events()) - before >= stop_after:
-                raise Stop
-
-        driver = Driver(
-            population(100, WINDOW, normalize, fitness=Fitness(config, {"e": Table()}, SEED, WINDOW)),
-            history,
-            Spool(folder / "spool"),
-            lambda: pool,
-            Limits(budget, WINDOW, ordered),
-            watch,
-            spending=Spending(Budget(budget, most_items), ITEMS),
-        )
-        try:
-            driver.search()
-            driver.score([c for c in driver.population.candidates if c.id in (3, 5)], "select")
-        except Stop:
-            pass
-        return history.events()
-
-
-def content(events: Sequence[Event]) -> list[object]:
-    return [event.deterministic() for event in events]
+    return search_in(
+        folder,
+        pool,
+        population(100, WINDOW, normalize, fitness=Fitness(config, {"e": TABLE}, SEED, WINDOW)),
+        Limits(budget, WINDOW, ordered),
+        spending=Spending(Budget(budget, most_items), ITEMS),
+        stop_after=stop_after,
+        selected=(3, 5),
+    )
 
 
 def trials_of(events: Sequence[Event]) -> dict[Key, Trial]:

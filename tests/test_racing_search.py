@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from racing_runs import DOMAINS, Quiet, checked, contents, pool_of
+from racing_runs import DOMAINS, Quiet, checked, contents, pool_of, whole_and_resumed
 
 from search.budget import Used
-from search.errors import ConfigError, InterruptedRun
+from search.errors import ConfigError
 from search.optimizers.natural_niches import NaturalNiches
 from search.pareto.recorded import tracked_front
 from search.replay import replay_ordered
-from search.run import make_population, resume, start
+from search.run import make_population, start
 from search.setup import window
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
-from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 
 pytest_plugins = ["family", "racing_family"]
@@ -43,13 +42,8 @@ def test_racing_scores_fewer_items_and_exports(racing_config: dict[str, Any], tm
 def test_the_history_is_the_same_after_a_stop_and_on_more_workers(
     racing_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    setup = checked(racing_config, tmp_path)
-    whole = start(setup, pool_of(1), Quiet(), "whole")
-    with pytest.raises(InterruptedRun):
-        start(setup, pool_of(2), Quiet(stop_after=28), "stopped")
-    folder = RunFolder(whole.folder.path.parent / "stopped")
-    resume(folder, pool_of(2), Quiet())
-    assert contents(folder) == contents(whole.folder)
+    whole, resumed = whole_and_resumed(checked(racing_config, tmp_path), stop_after=28)
+    assert contents(resumed) == contents(whole.folder)
 
 
 def test_another_search_takes_over_what_was_scored_and_estimates_it_alike(
@@ -92,8 +86,8 @@ def test_a_front_is_raced_to_the_end_of_all_items_unless_it_dominates_and_repeat
     racing_config["objectives"] = {"search": "pareto", "terms": ["python.nll", "english.nll", "cost.layers"]}
     # Only two of the domains are asked for, so that many candidates are dominated.
     racing_config["search"]["optimizer"] = "random_search"
-    setup = checked(racing_config, tmp_path)
-    whole = start(setup, pool_of(1), Quiet(), "whole")
+    whole, resumed = whole_and_resumed(checked(racing_config, tmp_path), stop_after=28)
+    assert contents(resumed) == contents(whole.folder)
     trials = searched(whole.folder.events())
     stopped = {id_: trial for id_, trial in trials.items() if trial.censored}
     assert len(stopped) >= 3
@@ -103,11 +97,6 @@ def test_a_front_is_raced_to_the_end_of_all_items_unless_it_dominates_and_repeat
     tracked = tracked_front(whole.folder.manifest(), trials.values(), parents)
     assert tracked is not None
     assert not {point.candidate for point in tracked.front().points} & set(stopped)
-    with pytest.raises(InterruptedRun):
-        start(setup, pool_of(2), Quiet(stop_after=28), "stopped")
-    folder = RunFolder(whole.folder.path.parent / "stopped")
-    resume(folder, pool_of(2), Quiet())
-    assert contents(folder) == contents(whole.folder)
 
 
 def test_an_objective_without_values_per_item_cannot_be_raced(racing_config: dict[str, Any], tmp_path: Path) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from command_line import write_config
 from family import DOMAINS
 from recipes import models_of, recipe_of
@@ -34,14 +32,7 @@ if TYPE_CHECKING:
     from cluster.local_ray import Session
 
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def setup_of(folder: Path, config: dict[str, Any]) -> Setup:
@@ -91,20 +82,31 @@ def questions(folder: Path) -> EvaluatorSpec:
     return EvaluatorSpec("questions", "multiple_choice", {"data": data})
 
 
+def own(folder: Path, *lines: str) -> EvaluatorSpec:
+    """A function of a user's, with these lines as its body."""
+    function = folder / "own.py"
+    body = "".join(f"    {line}\n" for line in lines)
+    function.write_text(f"import pathlib, torch\ndef score(model):\n{body}")
+    return EvaluatorSpec("own", "python", {"function": f"{function}:score"})
+
+
+def plan_with(setup: Setup, *more: EvaluatorSpec) -> WorkerPlan:
+    """The plan of a setup with more evaluators."""
+    plan = worker_plan(setup)
+    return replace(plan, evaluators=(*plan.evaluators, *more))
+
+
 def test_several_evaluators_score_as_on_a_worker_that_keeps_nothing(
     family: Path, tmp_path: Path, family_config: dict[str, Any]
 ) -> None:
-    function = tmp_path / "own.py"
-    function.write_text(
-        "import torch\n"
-        "def score(model):\n"
-        "    ids = torch.arange(8)[None]\n"
-        "    out = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)\n"
-        "    return float(out.sum() + model(input_ids=ids, labels=ids).loss)\n"
+    generating = own(
+        tmp_path,
+        "ids = torch.arange(8)[None]",
+        "out = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)",
+        "return float(out.sum() + model(input_ids=ids, labels=ids).loss)",
     )
     setup = setup_of(tmp_path, family_config)
-    own = EvaluatorSpec("own", "python", {"function": f"{function}:score"})
-    plan = replace(worker_plan(setup), evaluators=(*worker_plan(setup).evaluators, questions(tmp_path), own))
+    plan = plan_with(setup, questions(tmp_path), generating)
     jobs = children(setup, 10)
     cold, warm = Evaluation(plan), Evaluation(replace(plan, reuse_bytes=GIB))
     run = reused = 0
@@ -118,26 +120,22 @@ def test_several_evaluators_score_as_on_a_worker_that_keeps_nothing(
     again = warm.run(jobs[-1])
     assert decided(again) == decided(cold.run(jobs[-1]))
     assert again.bytes_read == 0
-    only_own = Evaluation(replace(plan, evaluators=(own,))).run(jobs[-1])
+    only_own = Evaluation(replace(plan, evaluators=(generating,))).run(jobs[-1])
     assert again.layers_run == only_own.layers_run
 
 
 def test_out_of_memory_with_states_of_others_is_tried_again_without_them(family: Path, tmp_path: Path) -> None:
-    flag, function = tmp_path / "flag", tmp_path / "own.py"
-    function.write_text(
-        "import pathlib, torch\n"
-        "def score(model):\n"
-        f"    flag = pathlib.Path({str(flag)!r})\n"
-        "    if flag.exists():\n"
-        "        flag.unlink()\n"
-        "        raise MemoryError('no room')\n"
-        "    return 1.0\n"
+    flag = tmp_path / "flag"
+    flagged = own(
+        tmp_path,
+        f"flag = pathlib.Path({str(flag)!r})",
+        "if flag.exists():",
+        "    flag.unlink()",
+        "    raise MemoryError('no room')",
+        "return 1.0",
     )
     data = {pool: str(family / "data" / "python" / f"{pool}.jsonl") for pool in ("search", "select", "certify")}
-    specs = (
-        EvaluatorSpec("p", "perplexity", {"data": data}),
-        EvaluatorSpec("own", "python", {"function": f"{function}:score"}),
-    )
+    specs = (EvaluatorSpec("p", "perplexity", {"data": data}), flagged)
     plan = WorkerPlan(models_of(family), "base", specs, "cpu", reuse_bytes=GIB)
     worker = Evaluation(plan)
     job = Job(0, recipe_of(family, "task_arithmetic"), "search")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import yaml
 from command_line import meiosis, write_config
 from hypothesis import given
 from hypothesis import strategies as st
-from racing_runs import Quiet, checked, contents, pool_of
+from racing_runs import Quiet, checked, contents, pool_of, whole_and_resumed
+from unscored import Unscored
 
-from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
+from evaluators.base import Scores
 from search.budget import Used
 from search.config import load_config
-from search.errors import ConfigError, InterruptedRun
+from search.errors import ConfigError
 from search.evaluation import Evaluation
 from search.objective import Objective, Term
 from search.optimizer import Problem, Result
@@ -28,11 +29,10 @@ from search.racing.ladder import item_order
 from search.racing.race import Race
 from search.racing.rotation import Rotation
 from search.replay import replay_ordered
-from search.run import export_trial, make_population, resume, start
+from search.run import export_trial, make_population, start
 from search.setup import check
 from search.store.events import Ask, Trial
 from search.store.history import History
-from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.worker_plan import worker_plan
 
@@ -41,25 +41,8 @@ pytest_plugins = ["family", "racing_family"]
 SEED = 3
 
 
-class Items(Evaluator):
-    """So many items; it is never asked to score."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(None)
-        self.metrics = {"loss": Metric("minimize")}
-        self._count = count
-
-    def prepare(self, context: Context) -> None: ...
-
-    def items(self, pool: ItemPool) -> Sequence[str]:
-        return [f"{pool}{k}" for k in range(self._count)]
-
-    def evaluate(self, model: object, items: Sequence[str]) -> Iterator[Scores]:
-        raise NotImplementedError
-
-
 def rotation_of(counts: Sequence[int], first: float = 0.1) -> Rotation:
-    evaluators = {f"e{k}": Items(count) for k, count in enumerate(counts)}
+    evaluators = {f"e{k}": Unscored(count) for k, count in enumerate(counts)}
     return Rotation(FitnessConfig.model_validate({"rotate": True, "first": first}), evaluators, SEED, 2)
 
 
@@ -74,7 +57,7 @@ def scored(
     found = {}
     for k, count in enumerate(counts):
         name = f"e{k}"
-        items = tuple(Items(count).items("search"))
+        items = tuple(Unscored(count).items("search"))
         chosen = tuple(race.chosen(name, item_order(SEED, name, items)))[: race.rungs[-1][name]]
         places = [items.index(item) for item in chosen]
         found[name] = Scores(chosen, {"loss": values[name][places]}, weights[name][places])
@@ -108,12 +91,12 @@ def test_the_losses_of_all_parts_have_the_loss_as_their_mean_and_hold_every_item
     cut = [k for k, count in enumerate(counts) if count > 3 and count >= rotation.parts]
     assert cut
     for k in cut:
-        assert sorted(seen[f"e{k}"]) == sorted(Items(counts[k]).items("search"))
+        assert sorted(seen[f"e{k}"]) == sorted(Unscored(counts[k]).items("search"))
 
 
 def test_a_part_whose_items_weigh_nothing_has_nothing_to_say() -> None:
     rotation, objective = rotation_of([40]), objective_of([40])
-    items = Items(40).items("search")
+    items = Unscored(40).items("search")
     order = item_order(SEED, "e0", tuple(items))
     weights = np.array([float(order.index(item) >= 4) for item in items])
     values = np.random.default_rng(0).normal(size=40)
@@ -247,13 +230,8 @@ def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
 def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers(
     rotating_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    setup = checked(rotating_config, tmp_path)
-    whole = start(setup, pool_of(1), Quiet(), "whole")
-    with pytest.raises(InterruptedRun):
-        start(setup, pool_of(2), Quiet(stop_after=35), "stopped")
-    folder = RunFolder(whole.folder.path.parent / "stopped")
-    resume(folder, pool_of(2), Quiet())
-    assert contents(folder) == contents(whole.folder)
+    whole, resumed = whole_and_resumed(checked(rotating_config, tmp_path), stop_after=35)
+    assert contents(resumed) == contents(whole.folder)
 
 
 @pytest.mark.parametrize(

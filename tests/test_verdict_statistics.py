@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unscored import Unscored
 
 from evaluators.base import Evaluator, Metric, Scores
 from search.bootstrap import Bootstrap, holm
@@ -23,20 +24,10 @@ from search.selection_bias import Optimism, expected_flattery, expected_optimism
 from search.store.events import End, Event, Extended
 
 
-class Losses(Evaluator):
+class Losses(Unscored):
     """A loss per item and, of it, a metric that is no mean; two items a document."""
 
     metrics = {"loss": Metric("minimize"), "root": Metric("minimize", per_item=False)}  # noqa: RUF012
-
-    def __init__(self) -> None: ...
-
-    def prepare(self, context: object) -> None: ...
-
-    def items(self, pool: str) -> list[str]:  # type: ignore[override]
-        return []
-
-    def evaluate(self, model: object, items: object) -> object:  # type: ignore[override]
-        raise NotImplementedError
 
     def document_of(self, item: str) -> str:
         return item.partition("-")[0]

@@ -7,26 +7,22 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from chaos_run.monkey import SHARES, Kill
-from merging.tables import machine
+from results_page import machine, versions, write_page
 
 
 def write_tables(found: Mapping[str, Any], out: Path) -> None:
     """`chaos.md` and `chaos.parquet`, which has a row for every kill."""
-    import pyarrow
-    import pyarrow.parquet
-
     kills: list[Kill] = found["kills"]
     arguments = sys.argv[1:]
     if "--out" in arguments:  # where the table went is no part of how it came about
         at = arguments.index("--out")
         del arguments[at : at + 2]
     command = " ".join(["python", "benchmarks/chaos.py", *arguments])
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("ray", "nevergrad", "torch"))
+    libraries = versions("ray", "nevergrad", "torch")
     torn = [kill for kill in kills if kill.torn_bytes]
     lines = [
         "# A search that is killed again and again",
@@ -59,10 +55,8 @@ def write_tables(found: Mapping[str, Any], out: Path) -> None:
         "",
         *(_verdict(found)),
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "chaos.md").write_text("\n".join(lines) + "\n")
-    table = pyarrow.Table.from_pylist([{**asdict(kill), "command": command} for kill in kills])
-    pyarrow.parquet.write_table(table, out / "chaos.parquet")
+    rows = [{**asdict(kill), "command": command} for kill in kills]
+    write_page(out, "chaos", "\n".join(lines) + "\n", rows)
 
 
 def _row(kind: str, kills: list[Kill]) -> str:

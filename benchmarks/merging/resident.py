@@ -197,7 +197,8 @@ def main() -> None:
         rows.append(asdict(row))
     if arguments.out is not None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from merging.tables import machine, resident_table
+        from merging.tables import resident_table
+        from results_page import machine
 
         head = [
             "# Operators without a fused kernel, merged into memory",

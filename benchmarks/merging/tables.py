@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 from merging.mergekit_peer import Peer
+from results_page import machine, write_page
 
 from search.merge.kernels import description
 
@@ -30,7 +29,6 @@ def write_tables(measured: Mapping[str, Rows], peer: Peer, *, memory_bandwidth: 
         measured: part (one-shot, resident, incremental, giant: 8 B parameters) -> rows; other parts stay as they are.
         memory_bandwidth: bytes per second, reads and writes counted.
     """
-    import pyarrow
     import pyarrow.parquet
 
     command = " ".join(["python", "benchmarks/merge.py", *sys.argv[1:]])
@@ -85,12 +83,8 @@ def write_tables(measured: Mapping[str, Rows], peer: Peer, *, memory_bandwidth: 
     for row in changed:
         full, one = row["full_s"], row["one_gene_s"]
         lines.append(f"| {row['operator']} | {row['device']} | {full * 1e3:.2f} | {one * 1e3:.2f} | {full / one:.0f} |")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "merge.md").write_text("\n".join(lines) + "\n")
     rows = [{**row, "part": part} for part, found in parts.items() for row in found]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
-    pyarrow.parquet.write_table(table, out / "merge.parquet")
+    write_page(out, "merge", "\n".join(lines) + "\n", rows)
     print(out / "merge.md")
 
 
@@ -204,14 +198,3 @@ def _disk(rows: Rows, key: str) -> str:
         (row["models"] + 1) * row["parameters"] * getattr(torch, row["dtype"]).itemsize / row[key] for row in rows
     ]
     return f"{statistics.median(speeds) / 1e9:.2f} GB/s" if speeds else "not measured"
-
-
-def machine() -> str:
-    """What was measured on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {gpu}"
