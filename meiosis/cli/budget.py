@@ -1,4 +1,4 @@
-"""Options of the commands that take or change a budget, and of those that look for models that have moved."""
+"""Options of the commands that take or change a budget, and of those that go on with a run, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def places_option(function: F) -> F:
         help="Look here, up to two levels deep, for models and data that are no longer where they were; repeat for "
         "more. Models are known by their hash. It is remembered for the run.",
     )(function)
+
+
+def pool_options(function: F) -> F:
+    """`--workers`, `--pool` and `--address` of a run that goes on."""
+    kind = click.Choice(["ray", "local"])
+    options = (
+        click.option("--address", help="Ray cluster to join from now on; none starts one here."),
+        click.option("--pool", type=kind, help="Where they run from now on."),
+        click.option("--workers", type=int, help="Workers from now on; what is found does not depend on it."),
+    )
+    for option in options:
+        function = option(function)
+    return function

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from meiosis.cli.budget import places_option
+from meiosis.cli.budget import places_option, pool_options
 from meiosis.cli.common import debug_option, find_run, json_option, results_option, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
@@ -25,9 +25,7 @@ from meiosis.cli.workers import make_pool
     help="standard: standard merges that generation 0 did not have; random_search: at equal item-evaluations; "
     "placebo: the same search over random changes as large as those of the sources.",
 )
-@click.option("--workers", type=int, help="Workers from now on.")
-@click.option("--pool", type=click.Choice(["ray", "local"]), help="Where they run from now on.")
-@click.option("--address", help="Ray cluster to join from now on; none starts one here.")
+@pool_options
 @places_option
 @results_option
 @json_option

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from meiosis.cli.budget import given, limit_options, places_option
+from meiosis.cli.budget import given, limit_options, places_option, pool_options
 from meiosis.cli.common import debug_option, find_run, json_option, results_option, run_command
 from meiosis.cli.search import show
 from meiosis.cli.watch import Watch
@@ -18,9 +18,7 @@ from meiosis.cli.workers import make_pool
 @click.argument("run")
 @click.option("--budget", type=int, help="Candidates in all from now on; more than at first extends the run.")
 @limit_options
-@click.option("--workers", type=int, help="Workers from now on; what is searched does not depend on it.")
-@click.option("--pool", type=click.Choice(["ray", "local"]), help="Where they run from now on.")
-@click.option("--address", help="Ray cluster to join from now on; none starts one here.")
+@pool_options
 @click.option("--gpus-per-worker", type=float, help="GPUs that a worker reserves from now on.")
 @click.option("--device", help="Device of the workers from now on: cpu, cuda, ...")
 @places_option
