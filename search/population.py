@@ -27,7 +27,7 @@ from search.optimizer import (
 )
 from search.pareto.starts import front_ids
 from search.pool import Outcome
-from search.racing.fitness import Fitness, Role, censored_loss
+from search.racing.fitness import Fitness, Role, Standing, censored_loss
 from search.racing.race import Race
 from search.recipe import Recipe
 from search.same_merge import same_merge
@@ -311,15 +311,15 @@ class Population:
         for id_, found, by_item, stopped in self._unranked:
             one = self._candidates[id_]
             judgement = self._judge(found, one if stopped else None)
-            fitness.rank(
+            standing = Standing(
                 id_,
-                self.objective,
                 judgement.loss,
+                self.objective.losses(found),
                 by_item,
                 searched=one.genome is not None and judgement.feasible,
                 may_lead=judgement.feasible and not stopped,
-                losses=self.objective.losses(found),
             )
+            fitness.rank(self.objective, standing)
         self._unranked.clear()
 
     def parents_failed(self) -> bool:
