@@ -77,7 +77,7 @@ class Candidate:
 def work_name(recipe_hash: str, learn: LearnSoup | None, race: Race | None) -> str:
     """See `Candidate.work`."""
     found = recipe_hash if learn is None else f"{recipe_hash} {learn}"
-    return found if race is None or race.part is None else f"{found} part {race.part}"
+    return found if race is None or not race.begin else f"{found} items {race.chosen_items}"
 
 
 def _role(candidate: Candidate) -> Role:

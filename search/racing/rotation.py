@@ -56,7 +56,7 @@ class Rotation(Fitness):
             last = int(_TO_DECIDE * self._parts)
         edges = {name: (self._edges(name, part)[0], self._edges(name, last)[1]) for name in self._totals}
         sizes = {name: end - begin for name, (begin, end) in edges.items()}
-        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()}, part=last)
+        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()})
 
     def losses_of_parts(
         self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]
