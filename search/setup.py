@@ -120,7 +120,11 @@ class _Faults:
 
 
 def check(
-    loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None, sound: Callable[[], None] = lambda: None
+    loaded: LoadedConfig,
+    report: Callable[[str], None] = lambda _: None,
+    sound: Callable[[], None] = lambda: None,
+    *,
+    begun: bool = False,
 ) -> Setup:
     """Check a config against its models, plug-ins and data.
 
@@ -128,6 +132,7 @@ def check(
         loaded: from `load_config`.
         report: is called with a line before something that takes long.
         sound: is called when only the contents of the models are left to be looked at, which can take long.
+        begun: whether it is the config of a run that exists, see `rotate_faults`.
 
     Raises:
         ConfigError: every fault that was found, one per line, each with file, line, key and way out.
@@ -162,7 +167,7 @@ def check(
         _check_architecture(checkpoints[BASE], evaluators, faults)
     optimizer = chosen_optimizer(config, space)
     make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
-    for message in rotate_faults(config, optimizer.name, metrics):
+    for message in rotate_faults(config, optimizer.name, metrics, begun=begun):
         faults.add(("search", "fitness", "rotate"), message)
     if len(checkpoints) == len(config.models.sources) + 1:
         _check_sources(checkpoints, faults)

@@ -13,7 +13,7 @@ from search.errors import InterruptedRun
 from search.run import resume, start
 from search.store.run_folder import RunFolder
 
-pytest_plugins = ["family"]
+pytest_plugins = ["family", "racing_family"]
 
 
 def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_parts(
@@ -31,6 +31,24 @@ def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_pa
         [options] = entry.values()
         options.pop("halvings", None)
     del text["config"]["search"]["fitness"]["rotate"]
+    folder.config.write_text(yaml.safe_dump(text))
+    resume(folder, pool_of(1), Quiet())
+    assert contents(folder) == contents(whole.folder)
+
+
+def test_a_run_on_parts_goes_on_with_the_estimate_that_is_refused_beside_them_today(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["search"] |= {"budget": 20, "window": 2, "optimizer": "gaussian_process", "fitness": {"first": 0.1}}
+    setup = checked(racing_config, tmp_path)
+    assert setup.config.search.fitness.rotate
+    whole = start(setup, pool_of(1), Quiet(), "whole")
+    with pytest.raises(InterruptedRun):
+        start(setup, pool_of(1), Quiet(stop_after=10), "older")
+    folder = RunFolder(whole.folder.path.parent / "older")
+    text = yaml.safe_load(folder.config.read_text())
+    # Scores that are not all 0 or 1 have no item-response model: the history is that of control variates.
+    text["config"]["search"]["fitness"]["estimate"] = "p_irt"
     folder.config.write_text(yaml.safe_dump(text))
     resume(folder, pool_of(1), Quiet())
     assert contents(folder) == contents(whole.folder)
