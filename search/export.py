@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluators.base import ItemPool
+    from search.candidate import Candidate
     from search.finals import Verdict
-    from search.population import Candidate
     from search.setup import Setup
     from search.store.events import Trial
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from evaluators.base import Evaluator, ItemPool
 from search.bootstrap import Bootstrap, holm
+from search.candidate import SEARCHED, Candidate
 from search.certificate import missing_comparisons
 from search.driver import Driver
 from search.effect_size import EffectSizes
 from search.errors import RunError
 from search.objective import Objective
 from search.pareto.finals import choose_from_front, front_finalists, front_sentence
-from search.population import SEARCHED, Candidate
 from search.selection_bias import Optimism, expected_flattery
 from search.store.events import End, Event, Extended, Trial
 from search.trials import may_be_best, usable_metrics

@@ -12,8 +12,8 @@ from search.recipe import Recipe
 from search.verdict_text import notes
 
 if TYPE_CHECKING:
+    from search.candidate import Candidate
     from search.finals import Verdict
-    from search.population import Candidate
     from search.setup import Setup
     from search.store.events import Trial
 

@@ -8,8 +8,8 @@ from itertools import combinations
 import pytest
 
 from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
+from search.candidate import work_name
 from search.objective import Objective, Term
-from search.population import work_name
 from search.racing.config import FitnessConfig
 from search.racing.ladder import item_order
 from search.racing.race import Race
