@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from evaluators.base import ItemPool
     from search.candidate import Candidate
-    from search.finals import Verdict
     from search.setup import Setup
     from search.store.events import Trial
+    from search.verdict import Verdict
 
 DROP_BYTES = 64 << 20
 """Output after which the pages of the sources are let go of: each time costs a system call or a few."""

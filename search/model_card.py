@@ -13,9 +13,9 @@ from search.verdict_text import notes
 
 if TYPE_CHECKING:
     from search.candidate import Candidate
-    from search.finals import Verdict
     from search.setup import Setup
     from search.store.events import Trial
+    from search.verdict import Verdict
 
 
 def model_card(

@@ -21,7 +21,7 @@ from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
 from search.extension import extend, items_per_candidate
-from search.finals import Verdict, earlier_verdicts, finish
+from search.finals import earlier_verdicts, finish
 from search.in_flight import Key
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
@@ -48,6 +48,7 @@ from search.store.sessions import Sessions
 from search.store.spool import Spool
 from search.store.urls import is_url
 from search.trials import may_be_best
+from search.verdict import Verdict
 from search.worker_plan import worker_plan
 
 __all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]

@@ -17,7 +17,6 @@ from evaluators.efficiency.cost import Cost
 from search.candidate import Candidate
 from search.config import Constraint, ObjectivesConfig
 from search.errors import UserError
-from search.finals import Row
 from search.genome import Gene
 from search.objective import make_objective
 from search.optimizer import Problem, Result
@@ -32,6 +31,7 @@ from search.pareto.pick import choose, parse_pick, resolve
 from search.pareto.recorded import pick_trial
 from search.recipe import ModelRef, Recipe, Rule
 from search.store.events import Trial
+from search.verdict import Row
 
 Point = tuple[float, ...]
 

@@ -15,8 +15,8 @@ from search.pareto.pick import choose, parse_pick, resolve
 
 if TYPE_CHECKING:
     from search.driver import Driver
-    from search.finals import Row
     from search.store.events import Trial
+    from search.verdict import Row
 
 
 @dataclass(frozen=True)
