@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from search.budget import Used
+from search.candidate import SEARCHED
 from search.config import load_config
 from search.evaluate import evaluate_model
 from search.evaluation import Evaluation
@@ -31,7 +32,6 @@ from search.pareto.knee import knee
 from search.pareto.recorded import tracked_front
 from search.pareto.svg import front_svg
 from search.pool import Job
-from search.population import SEARCHED
 from search.recipe import Recipe, Rule
 from search.setup import Setup, check
 from search.store.events import Ask, Trial

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from evaluators.base import ItemPool
 from search.budget import Budget, Used, budget_in_force
+from search.candidate import BASE_LABEL, SEARCHED, Candidate, work_name
 from search.certificate import ARMS, PAIRS, STANDARD, ArmName, CertifyConfig
 from search.config import BaselineConfig, OptimizerConfig
 from search.errors import RunError
@@ -24,7 +25,6 @@ from search.finals import ArmResult, Rival, best_of, best_of_families, best_sear
 from search.optimizers import optimizer_named
 from search.pareto.finals import choose_from_front, front_finalists
 from search.pool import Job, Outcome, Pool
-from search.population import BASE_LABEL, SEARCHED, Candidate, work_name
 from search.recipe import ModelRef
 from search.seeds import derive_seed
 from search.store.events import Extended, Trial

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 from evaluators.base import ItemPool
 from search.budget import Spending, limit_in_force
+from search.candidate import Candidate
 from search.errors import RunError
 from search.in_flight import InFlight, Key
 from search.pool import Job, Outcome, Pool
-from search.population import Candidate, Population
+from search.population import Population
 from search.progress import Progress
 from search.recipe import Recipe
 from search.replay import check_ask, replay_ordered
@@ -183,7 +184,9 @@ class Driver:
 
     def _reached(self, works: int) -> LimitReached | None:
         """The limit that forbids to ask for one more candidate, after so many different ones."""
-        return self._spending.reached(works, self.population.items_spent) if self.population.has_parents else None
+        return (
+            self._spending.reached(works, self.population.coverage.items_spent) if self.population.has_parents else None
+        )
 
     def _ask(self) -> bool:
         """Ask for a candidate, or note that a limit forbids it; returns whether there is something to write."""
@@ -259,7 +262,7 @@ class Driver:
         key = outcome.key
         self._unkept.pop(key, None)
         if key[1] == "search" and key not in self._untold:
-            outcome = self.population.completed(outcome)
+            outcome = self.population.coverage.completed(outcome)
         metrics = None if outcome.failure else outcome.metrics
         if known := key in self._untold:  # recorded before the run was extended
             self._untold.remove(key)
@@ -269,7 +272,7 @@ class Driver:
                 outcome,
                 self.population.judge(metrics, key[0] if outcome.censored else None),
                 self.population.objective.feasible(metrics),
-                self.population.scored(outcome),
+                self.population.coverage.scored(outcome),
             )
             self.trials[key] = trial
             self._unwritten.append(trial)
@@ -324,7 +327,7 @@ class Driver:
         best = self._progress.best
         origin = self.population.candidate(trial.candidate).origin
         self._progress = replace(self._progress, failures=self._progress.failures + bool(trial.failure_kind))
-        if trial.loss is None or not may_be_best(trial, self.population.rotates):
+        if trial.loss is None or not may_be_best(trial, self.population.coverage.rotates):
             return
         if best is None or best.loss is None or trial.loss < best.loss:
             self._progress = replace(self._progress, best=trial, best_origin=origin)

@@ -11,9 +11,10 @@ from search.checkpoints.reading import open_checkpoint
 from search.checkpoints.view import require_model
 from search.config import LoadedConfig
 from search.errors import MeiosisError
+from search.model_checks import BASE
 from search.pool import Job, WorkerPlan
 from search.recipe import ModelRef, Recipe
-from search.setup import BASE, check_evaluators
+from search.setup import check_evaluators
 from search.sources import merged_dtype
 
 

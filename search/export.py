@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluators.base import ItemPool
-    from search.finals import Verdict
-    from search.population import Candidate
+    from search.candidate import Candidate
     from search.setup import Setup
     from search.store.events import Trial
+    from search.verdict import Verdict
 
 DROP_BYTES = 64 << 20
 """Output after which the pages of the sources are let go of: each time costs a system call or a few."""

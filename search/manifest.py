@@ -11,8 +11,9 @@ from importlib.metadata import version
 from typing import Any
 
 from search.errors import RunError
+from search.machine import has_gpu
 from search.optimizer import OPTIMIZERS
-from search.setup import Setup, has_gpu, window
+from search.setup import Setup, window
 from search.store.run_folder import RunFolder
 
 FORMAT = 1

@@ -12,10 +12,10 @@ from search.recipe import Recipe
 from search.verdict_text import notes
 
 if TYPE_CHECKING:
-    from search.finals import Verdict
-    from search.population import Candidate
+    from search.candidate import Candidate
     from search.setup import Setup
     from search.store.events import Trial
+    from search.verdict import Verdict
 
 
 def model_card(

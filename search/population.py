@@ -8,12 +8,11 @@ the optimiser starts at the best of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from evaluators.base import Scores
 from search.baseline import Generation0, Proposal, parent_label, soup_rule, start_baseline
+from search.candidate import BASE_LABEL, SEARCHED, Candidate
 from search.genome import Genome
 from search.objective import FAILED_LOSS, Judgement, Objective
 from search.optimizer import (
@@ -26,62 +25,11 @@ from search.optimizer import (
     Result,
 )
 from search.pareto.starts import front_ids
-from search.pool import Outcome
-from search.racing.fitness import Fitness, Role, censored_loss
-from search.racing.race import Race
-from search.recipe import Recipe
+from search.racing.coverage import Coverage, judged
+from search.racing.fitness import Fitness
 from search.same_merge import same_merge
 from search.seeds import derive_seed
-from search.soups.plan import LearnSoup
 from search.space import Space
-
-BASE_LABEL = "base"
-SEARCHED = "search"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A recipe with an id and an origin.
-
-    Attributes:
-        id: number in the run, from 0, in the order of asking.
-        origin: label of generation 0 (`parent:x`, `uniform_soup`, ...), or `search`.
-        recipe: the merge.
-        genome: where it came from, for candidates of the optimiser.
-        step: generation 0 only: an attempt inside a baseline, no result of its own.
-        learn: what a worker shall learn from the recipe, beside scoring it.
-        known_hash: `Recipe.hash` of the recipe, where it was found in a cheaper way.
-        race: how far it is scored on the search items; None: on all of them.
-    """
-
-    id: int
-    origin: str
-    recipe: Recipe
-    genome: Genome | None = None
-    step: bool = False
-    learn: LearnSoup | None = None
-    known_hash: str | None = None
-    race: Race | None = field(default=None, compare=False, repr=False)
-
-    @cached_property
-    def recipe_hash(self) -> str:
-        """`Recipe.hash`, computed once."""
-        return self.known_hash or self.recipe.hash
-
-    @cached_property
-    def work(self) -> str:
-        """Equal for candidates whose evaluation is the same, so that one is enough."""
-        return work_name(self.recipe_hash, self.learn, self.race)
-
-
-def work_name(recipe_hash: str, learn: LearnSoup | None, race: Race | None) -> str:
-    """See `Candidate.work`."""
-    found = recipe_hash if learn is None else f"{recipe_hash} {learn}"
-    return found if race is None or race.part is None else f"{found} part {race.part}"
-
-
-def _role(candidate: Candidate) -> Role:
-    return "searched" if candidate.genome is not None else "step" if candidate.step else "baseline"
 
 
 class Population:
@@ -95,6 +43,9 @@ class Population:
         budget, window, seed, step: see `Problem`.
         baselines_only: whether it ends with generation 0.
         fitness: how far candidates are scored; None: all on all items.
+
+    Attributes:
+        coverage: on which items candidates are scored.
     """
 
     def __init__(
@@ -121,11 +72,7 @@ class Population:
         self._labels: dict[str, int] = {}
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
-        self._fitness = fitness
-        self._races: dict[str, Race] = {}
-        self._items_spent = 0
-        self._first_asked: set[int] = set()
-        self._unranked: list[tuple[int, Mapping[str, float], Mapping[str, Scores], bool]] = []
+        self.coverage = Coverage(fitness)
         known = Generation0(
             space.sources,
             self._loss_of_label,
@@ -199,8 +146,8 @@ class Population:
             if found:
                 self.objective = self.objective.against(found)
         asked = self._candidates[candidate]
-        if self._fitness is not None:
-            self._tell_fitness(self._fitness, asked, metrics, scores or {}, censored)
+        parent = asked.origin == BASE_LABEL or candidate in self._parent_ids()
+        self.coverage.tell(asked, self.objective, metrics, scores or {}, censored=censored, parent=parent)
         if self._optimizer is not None and asked.genome is not None:
             result = self._result(metrics, scores or {}, asked if censored else None)
             if isinstance(self._optimizer, LearnsFromResults):
@@ -211,11 +158,11 @@ class Population:
     def _result(
         self, metrics: Mapping[str, float] | None, scores: Mapping[str, Scores], censored: Candidate | None
     ) -> Result:
-        loss = self._judge(metrics, censored).loss
+        loss = judged(self.objective, metrics, censored).loss
         if metrics is None or loss >= FAILED_LOSS:
             return Result(loss)
         violation = self.objective.violation(metrics)
-        parts = {} if self._fitness is None else self._fitness.losses_of_parts(self.objective, metrics, scores)
+        parts = self.coverage.losses_of_parts(self.objective, metrics, scores)
         return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics, parts)
 
     def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:
@@ -226,46 +173,7 @@ class Population:
         """
         if self.objective.needs_parents:
             return None
-        return self._judge(metrics, None if censored is None else self._candidates[censored])
-
-    def _judge(self, metrics: Mapping[str, float] | None, censored: Candidate | None) -> Judgement:
-        judgement = self.objective.judge(metrics)
-        reference = censored.race.reference if censored is not None and censored.race is not None else None
-        if reference is None or not judgement.feasible:
-            return judgement
-        return replace(judgement, loss=censored_loss(judgement.loss, reference.loss))
-
-    def completed(self, outcome: Outcome) -> Outcome:
-        """A result on the search items with the metrics of all of them, estimated where only some were scored."""
-        if self._fitness is None or outcome.failure is not None:
-            return outcome
-        return replace(outcome, metrics=self._fitness.estimated(outcome.metrics, outcome.scores))
-
-    def scored(self, outcome: Outcome) -> int | None:
-        """How many search items were scored, at most for a failure; None where all may have been."""
-        fitness, race = self._fitness, self._candidates[outcome.candidate].race
-        if fitness is None or race is None or outcome.items != "search":
-            return None
-        # Nobody knows how far a failed one came.
-        count = sum(len(block.items) for block in outcome.scores.values()) if outcome.scores else race.items
-        return None if count == sum(fitness.ladder.totals.values()) else count
-
-    @property
-    def items_spent(self) -> tuple[int, int] | None:
-        """Search items scored, with the most that those in flight take, and the most that one more takes.
-
-        None where every candidate is scored on all items.
-        """
-        return None if self._fitness is None else (self._items_spent, self._fitness.next_items)
-
-    @property
-    def rotates(self) -> bool:
-        """Whether candidates are scored on different parts of the items."""
-        return self._fitness is not None and self._fitness.parts > 1
-
-    def cautious(self, candidate: int, loss: float) -> float:
-        """A loss, and beside it what may be wrong with it because not all items were scored."""
-        return loss if self._fitness is None else self._fitness.cautious(candidate, loss)
+        return judged(self.objective, metrics, None if censored is None else self._candidates[censored])
 
     def ranked(self, losses: Mapping[int, float]) -> list[int]:
         """Candidates of the optimiser, best first, as far as is known of candidates that have not all items.
@@ -274,8 +182,8 @@ class Population:
             losses: candidate -> its loss on the items that it has.
         """
         optimizer: object = self._optimizer
-        cautious = {id_: self.cautious(id_, loss) for id_, loss in losses.items()}
-        if losses and self.rotates and isinstance(optimizer, PoolsParts):
+        cautious = {id_: self.coverage.cautious(id_, loss) for id_, loss in losses.items()}
+        if losses and self.coverage.rotates and isinstance(optimizer, PoolsParts):
             genomes = [genome for id_ in losses if (genome := self._candidates[id_].genome) is not None]
             expected = optimizer.held_for_best([genome.vector() for genome in genomes])
             cautious = dict(zip(losses, expected.tolist(), strict=True))
@@ -286,41 +194,11 @@ class Population:
         parts of them; None where every one is scored on the same items."""
         optimizer: object = self._optimizer
         genome = self._candidates[candidate].genome
-        if not (self.rotates and isinstance(optimizer, PoolsParts) and genome is not None):
+        if not (self.coverage.rotates and isinstance(optimizer, PoolsParts) and genome is not None):
             return None
         # Losses of parts lack what normalises the metrics.
         level = self.objective.value({term.metric: 0.0 for term in self.objective.terms})
         return optimizer.expected_loss(genome.vector()) + level
-
-    def _tell_fitness(
-        self,
-        fitness: Fitness,
-        asked: Candidate,
-        metrics: Mapping[str, float] | None,
-        scores: Mapping[str, Scores],
-        censored: bool,
-    ) -> None:
-        race = asked.race
-        if scores and race is not None and asked.id in self._first_asked:
-            self._items_spent += sum(len(block.items) for block in scores.values()) - race.items
-        fitness.learn(scores, asked.origin == BASE_LABEL or asked.id in self._parent_ids())
-        if metrics is not None:
-            self._unranked.append((asked.id, metrics, scores, censored))
-        if self.objective.needs_parents:
-            return
-        for id_, found, by_item, stopped in self._unranked:
-            one = self._candidates[id_]
-            judgement = self._judge(found, one if stopped else None)
-            fitness.rank(
-                id_,
-                self.objective,
-                judgement.loss,
-                by_item,
-                searched=one.genome is not None and judgement.feasible,
-                may_lead=judgement.feasible and not stopped,
-                losses=self.objective.losses(found),
-            )
-        self._unranked.clear()
 
     def parents_failed(self) -> bool:
         """Whether every parent was told and none could be evaluated."""
@@ -353,31 +231,17 @@ class Population:
         return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
-        if self._fitness is not None:
-            candidate = self._with_race(self._fitness, candidate)
+        whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
+        optimizer: object = self._optimizer
+        if self.coverage.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
+            whole = whole or optimizer.wants_all_items()
+        candidate = self.coverage.assigned(candidate, self.objective, whole=whole)
         self._candidates.append(candidate)
         return candidate
 
-    def _with_race(self, fitness: Fitness, candidate: Candidate) -> Candidate:
-        """The candidate and how far it is scored; a recipe that was there before has the race, and the result, of the
-        first."""
-        race = self._races.get(candidate.work)
-        if race is None:
-            whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
-            optimizer: object = self._optimizer
-            if self.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
-                whole = whole or optimizer.wants_all_items()
-            race = fitness.race(self.objective, whole, _role(candidate))
-        asked = replace(candidate, race=race)
-        if asked.work not in self._races:
-            self._races[asked.work] = race
-            self._items_spent += race.items
-            self._first_asked.add(asked.id)
-        return asked
-
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
-        ranked = sorted(self._weights, key=lambda id_: (self.cautious(id_, self._known_loss(id_)), id_))
+        ranked = sorted(self._weights, key=lambda id_: (self.coverage.cautious(id_, self._known_loss(id_)), id_))
         starts = [genome for id_ in ranked if (genome := self._suggested(id_)) is not None]
         start = starts[0] if starts else self._space.initial()
         remaining = max(self._budget - len(self._candidates), 1)
@@ -391,7 +255,7 @@ class Population:
                 self._space.genes,
                 len(self.objective.terms),
                 self.objective.terms,
-                parts=1 if self._fitness is None else self._fitness.parts,
+                parts=self.coverage.parts,
             )
         )
         # The start itself is no recipe of generation 0 when the operators differ, or a weight was clipped.
@@ -442,7 +306,7 @@ class Population:
 
     def _known_loss(self, id_: int) -> float:
         """The loss of a candidate of generation 0; the estimate of one that was stopped may be better than that."""
-        return self._judge(self._metrics[id_], self._candidates[id_] if id_ in self._stopped else None).loss
+        return judged(self.objective, self._metrics[id_], self._candidates[id_] if id_ in self._stopped else None).loss
 
     def _metrics_of_label(self, label: str) -> Mapping[str, float] | None:
         if self._loss_of_label(label) is None:

@@ -36,7 +36,7 @@ def load_setup(
     config["search"]["baselines"] = [_baseline_then(entry) for entry in config["search"]["baselines"]]
     config["tracking"] = known_trackers(config.get("tracking", []), watcher.line)
     source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.config))
-    setup = check(parse_config(source, folder.path), report=watcher.line)
+    setup = check(parse_config(source, folder.path), report=watcher.line, begun=True)
     for line in changed_device(manifest, setup):
         watcher.line(line)
     for name, ref in setup.models.items():

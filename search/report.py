@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from search.finals import Verdict
 from search.model_card import markdown_table
 from search.setup import Setup
 from search.store.atomic import write_atomic
 from search.store.events import Trial
 from search.store.run_folder import RunFolder
 from search.utilisation import WorkerUse, together, worker_uses
+from search.verdict import Verdict
 from search.verdict_text import notes
 
 

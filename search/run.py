@@ -15,19 +15,20 @@ from typing import Any
 
 from search.arms import Arms, with_arms
 from search.budget import Budget, Spending, Used, end_in_force, why_ended
+from search.candidate import Candidate
 from search.certificate import ArmName
 from search.checkpoints.writing import written_sha256
 from search.driver import Driver, Limits, replay
 from search.errors import DeviceLostError, InterruptedRun, MeiosisError, RunError, UserError
 from search.extension import extend, items_per_candidate
-from search.finals import Verdict, earlier_verdicts, finish
+from search.finals import earlier_verdicts, finish
 from search.in_flight import Key
 from search.manifest import make_manifest, read_manifest, versions
 from search.model_card import markdown_table
 from search.observing import Observer
 from search.pareto.recorded import pick_trial
 from search.pool import Outcome, Pool, WorkerPlan
-from search.population import Candidate, Population
+from search.population import Population
 from search.prefix.affinity import Prefixes
 from search.progress import Progress, Watcher
 from search.racing.kinds import make_fitness
@@ -47,6 +48,7 @@ from search.store.sessions import Sessions
 from search.store.spool import Spool
 from search.store.urls import is_url
 from search.trials import may_be_best
+from search.verdict import Verdict
 from search.worker_plan import worker_plan
 
 __all__ = ["Finished", "Watcher", "export_trial", "load_setup", "make_population", "resume", "start"]
@@ -423,7 +425,7 @@ def export_trial(
 
 
 def _best_so_far(trials: Mapping[Key, Trial], population: Population, folder: RunFolder) -> int:
-    usable = [t for t in trials.values() if t.items == "search" and may_be_best(t, population.rotates)]
+    usable = [t for t in trials.values() if t.items == "search" and may_be_best(t, population.coverage.rotates)]
     if not usable:
         raise UserError(f"run {folder.name} has no feasible trial yet; name one with --trial")
-    return min(usable, key=lambda t: (population.cautious(t.candidate, t.loss or 0.0), t.candidate)).candidate
+    return min(usable, key=lambda t: (population.coverage.cautious(t.candidate, t.loss or 0.0), t.candidate)).candidate

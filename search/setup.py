@@ -6,40 +6,37 @@ All faults of a config are collected and reported at once, each with the line of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from evaluators.base import ITEM_POOLS, Evaluator, EvaluatorSpec, Metric
+from evaluators.base import Evaluator, EvaluatorSpec, Metric
 from evaluators.registry import EVALUATORS, make_evaluator
 from search.auto_optimizer import chosen_optimizer, optimizer_keys
 from search.baseline import BASELINES, BaselineOptions, Facts, check_baseline
 from search.baseline import options_class as baseline_options
-from search.checkpoints.compatibility import check_compatible
 from search.checkpoints.fingerprint import fingerprint, refuse_non_finite
-from search.checkpoints.reading import Checkpoint, open_checkpoint
-from search.checkpoints.view import require_model
+from search.checkpoints.reading import Checkpoint
 from search.config import Config, LoadedConfig, OptimizerConfig
-from search.errors import CheckpointError, ConfigError, UserError, nearest
-from search.machine import gpus_are_hidden
+from search.errors import CheckpointError, UserError, nearest
+from search.faults import Faults
+from search.model_checks import BASE, check_architecture, check_sources, model_key, open_models, tensor_names
 from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
-from search.pareto.pick import parse_pick, resolve
 from search.paths.stages import in_two_stages, two_problems
 from search.racing.choice import rotate_faults, rotates
 from search.recipe import ModelRef
 from search.run_log import emit
-from search.sources import merged_dtype, view_models
+from search.section_checks import check_budget, check_gpus, check_metrics, metrics_of
+from search.sources import merged_dtype
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
 from search.store.urls import is_url
 from search.tracker import complete_options, tracker_faults
 from search.yaml_source import Location
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -103,24 +100,12 @@ def _staged(config: Config, space: Space, make: MakeOptimizer) -> MakeOptimizer:
     return in_two_stages(make, len(space.parameters.genes), path.share) if path is not None and after else make
 
 
-class _Faults:
-    """Collects faults with their lines."""
-
-    def __init__(self, loaded: LoadedConfig) -> None:
-        self._loaded = loaded
-        self.lines: list[str] = []
-
-    def add(self, location: Location, message: str) -> None:
-        for line in message.splitlines():
-            self.lines.append(self._loaded.source.fault(location, line))
-
-    def raise_if_any(self) -> None:
-        if self.lines:
-            raise ConfigError("\n".join(dict.fromkeys(self.lines)))
-
-
 def check(
-    loaded: LoadedConfig, report: Callable[[str], None] = lambda _: None, sound: Callable[[], None] = lambda: None
+    loaded: LoadedConfig,
+    report: Callable[[str], None] = lambda _: None,
+    sound: Callable[[], None] = lambda: None,
+    *,
+    begun: bool = False,
 ) -> Setup:
     """Check a config against its models, plug-ins and data.
 
@@ -128,20 +113,21 @@ def check(
         loaded: from `load_config`.
         report: is called with a line before something that takes long.
         sound: is called when only the contents of the models are left to be looked at, which can take long.
+        begun: whether it is the config of a run that exists, see `rotate_faults`.
 
     Raises:
         ConfigError: every fault that was found, one per line, each with file, line, key and way out.
     """
-    faults = _Faults(loaded)
+    faults = Faults(loaded)
     config = loaded.config
     evaluators = _evaluators(loaded, faults)
-    metrics = _metrics(evaluators)
-    _check_metrics(loaded, metrics, set(evaluators), faults)
+    metrics = metrics_of(evaluators)
+    check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
-    _check_budget(config, evaluators, faults)
+    check_budget(config, evaluators, faults)
     faults.lines += tracker_faults(loaded)
-    _check_gpus(config, faults)
-    checkpoints = _checkpoints(loaded, faults)
+    check_gpus(config, faults)
+    checkpoints = open_models(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None
     there = BASE in checkpoints
@@ -149,7 +135,7 @@ def check(
         space = make_space(
             # Without a base there are no tensors that patterns could match; all else can be checked.
             config.space if there else config.space.model_copy(update={"patterns": {}, "path": None}),
-            tensors=_tensor_names(checkpoints) if there else (),
+            tensors=tensor_names(checkpoints) if there else (),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
@@ -159,13 +145,13 @@ def check(
     except SpaceError as error:
         faults.add(("space", *error.key), str(error))
     if there:
-        _check_architecture(checkpoints[BASE], evaluators, faults)
+        check_architecture(checkpoints[BASE], evaluators, faults)
     optimizer = chosen_optimizer(config, space)
     make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
-    for message in rotate_faults(config, optimizer.name, metrics):
+    for message in rotate_faults(config, optimizer.name, metrics, begun=begun):
         faults.add(("search", "fitness", "rotate"), message)
     if len(checkpoints) == len(config.models.sources) + 1:
-        _check_sources(checkpoints, faults)
+        check_sources(checkpoints, faults)
     faults.raise_if_any()
     emit("config_checked")
     sound()
@@ -176,7 +162,7 @@ def check(
         try:
             refuse_non_finite(name, print_)
         except CheckpointError as error:
-            faults.add(_model_key(name), str(error))
+            faults.add(model_key(name), str(error))
         models[name] = ModelRef(path=str(checkpoint.folder), sha256=print_.sha256)
     models = check_statistics(loaded, models, faults.add)
     faults.raise_if_any()
@@ -191,7 +177,7 @@ def check(
         models=models,
         space=make_space(
             config.space,
-            tensors=_tensor_names(checkpoints),
+            tensors=tensor_names(checkpoints),
             models=models,
             sources=config.models.sources,
             seed=config.seed,
@@ -206,63 +192,16 @@ def check(
     )
 
 
-def _check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:
-    smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
-    if config.search.budget < smallest and not config.search.baselines_only:
-        faults.add(
-            ("search", "budget"),
-            f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
-        )
-    items = config.search.limits.item_evaluations
-    if items is not None:
-        needed = smallest * sum(len(evaluator.items("search")) for evaluator in evaluators.values())
-        if items < needed:
-            faults.add(
-                ("search", "limits", "item_evaluations"),
-                f"{items} is too small; every parent, the base and one merge take {needed} search items",
-            )
-
-
-def _check_gpus(config: Config, faults: _Faults) -> None:
-    cluster = config.cluster
-    if cluster.address is None and not has_gpu() and (cluster.device.startswith("cuda") or cluster.gpus_per_worker):
-        key = "device" if cluster.device.startswith("cuda") else "gpus_per_worker"
-        faults.add(("cluster", key), "this machine has no GPU that CUDA or ROCm drives; use the CPU, or an address")
-    if config.space.path is not None and cluster.gpus_per_worker > 1:
-        faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
-
-
-def _check_racing(config: Config, metrics: Mapping[str, Metric], faults: _Faults) -> None:
-    if not config.search.fitness.racing:
-        return
-    for term in config.objectives.terms:
-        if term.metric in metrics and not metrics[term.metric].per_item:
-            evaluator = term.metric.partition(".")[0]
-            others = [name for name, one in metrics.items() if one.per_item and name.partition(".")[0] == evaluator]
-            instead = f"; use {' or '.join(others)} in the objectives" if others else ""
-            faults.add(
-                ("search", "fitness", "racing"),
-                f"'{term.metric}' has no value per item, so candidates cannot be compared item by item{instead}, or "
-                "leave racing out",
-            )
-
-
-def has_gpu() -> bool:
-    """Whether a GPU driver of NVIDIA or AMD is there, also in WSL, and not hidden; torch knows better, in seconds."""
-    there = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
-    return there and not gpus_are_hidden()
-
-
 def check_evaluators(loaded: LoadedConfig, model: Checkpoint) -> dict[str, Evaluator]:
     """Only the evaluators of a config, checked, also for whether they can score `model`."""
-    faults = _Faults(loaded)
+    faults = Faults(loaded)
     evaluators = _evaluators(loaded, faults)
-    _check_architecture(model, evaluators, faults)
+    check_architecture(model, evaluators, faults)
     faults.raise_if_any()
     return evaluators
 
 
-def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
+def _evaluators(loaded: LoadedConfig, faults: Faults) -> dict[str, Evaluator]:
     found: dict[str, Evaluator] = {}
     for name, section in loaded.config.evaluators.items():
         key: Location = ("evaluators", name)
@@ -284,9 +223,7 @@ def _evaluators(loaded: LoadedConfig, faults: _Faults) -> dict[str, Evaluator]:
     return found
 
 
-def _baselines(
-    loaded: LoadedConfig, evaluators: Mapping[str, Evaluator], faults: _Faults
-) -> dict[str, BaselineOptions]:
+def _baselines(loaded: LoadedConfig, evaluators: Mapping[str, Evaluator], faults: Faults) -> dict[str, BaselineOptions]:
     """Baseline -> its options, complete."""
     config = loaded.config
     facts = Facts(tuple(config.models.sources), evaluators, tuple(term.metric for term in config.objectives.terms))
@@ -316,7 +253,7 @@ def _problems(config: Config, space: Space) -> tuple[Problem, ...]:
 
 
 def _optimizer(
-    loaded: LoadedConfig, section: OptimizerConfig, space: Space | None, faults: _Faults
+    loaded: LoadedConfig, section: OptimizerConfig, space: Space | None, faults: Faults
 ) -> MakeOptimizer | None:
     """The maker of the optimiser, with its options; with a space it was tried where it may refuse."""
     key = ("search", "optimizer")
@@ -333,87 +270,6 @@ def _optimizer(
         faults.add(key, str(error))
         return None
     return make
-
-
-def _metrics(evaluators: Mapping[str, Evaluator]) -> dict[str, Metric]:
-    return {f"{name}.{metric}": meaning for name, e in evaluators.items() for metric, meaning in e.metrics.items()}
-
-
-def _check_metrics(loaded: LoadedConfig, metrics: Mapping[str, Metric], working: set[str], faults: _Faults) -> None:
-    config = loaded.config
-
-    def look_at(metric: str, location: Location) -> None:
-        evaluator = metric.partition(".")[0]
-        # An evaluator that could not be made has been reported; its metrics are unknown, not wrong.
-        if metric not in metrics and (evaluator in working or evaluator not in config.evaluators):
-            faults.add(location, f"no evaluator gives '{metric}'{nearest(metric, metrics)}")
-
-    for index, term in enumerate(config.objectives.terms):
-        as_list = isinstance(loaded.source.data["objectives"], list)
-        look_at(term.metric, ("objectives", index) if as_list else ("objectives", "terms", index))
-    for index, constraint in enumerate(config.constraints):
-        look_at(constraint.metric, ("constraints", index))
-    try:
-        wanted = parse_pick(config.objectives.pick)
-        if working.issuperset(config.evaluators):
-            resolve(wanted, metrics)
-    except UserError as error:
-        faults.add(("objectives", "pick"), str(error))
-    _check_racing(config, metrics, faults)
-
-
-def _model_key(name: str) -> Location:
-    return ("models", "base") if name == BASE else ("models", "sources", name)
-
-
-def _checkpoints(loaded: LoadedConfig, faults: _Faults) -> dict[str, Checkpoint]:
-    config = loaded.config
-    found: dict[str, Checkpoint] = {}
-    for name, path in {BASE: config.models.base, **config.models.sources}.items():
-        try:
-            checkpoint = open_checkpoint(loaded.path(path))
-            if name == BASE:
-                require_model(checkpoint, "the base of a search")
-            found[name] = checkpoint
-        except CheckpointError as error:
-            faults.add(_model_key(name), str(error))
-    return {name: replace(one, base=found.get(BASE)) if one.kind == "adapter" else one for name, one in found.items()}
-
-
-def _tensor_names(checkpoints: Mapping[str, Checkpoint]) -> tuple[str, ...]:
-    """The tensors of a candidate: those of the base, and a head where only some models tie theirs."""
-    try:
-        return tuple(view_models(checkpoints, donor=BASE).views[BASE].tensors)
-    except CheckpointError:  # will be reported when the sources are compared
-        return tuple(checkpoints[BASE].tensors)
-
-
-def _check_sources(checkpoints: Mapping[str, Checkpoint], faults: _Faults) -> None:
-    base = checkpoints[BASE]
-    for name, checkpoint in checkpoints.items():
-        if name == BASE:
-            continue
-        try:
-            check_compatible(base, {name: checkpoint})
-        except CheckpointError as error:
-            faults.add(_model_key(name), first_difference(error))
-
-
-def first_difference(error: CheckpointError) -> str:
-    """One line about a model that does not fit: one of another width differs in every tensor."""
-    first, *others = str(error).splitlines()
-    return f"{first} (and in more tensors)" if others else first
-
-
-def _check_architecture(base: Checkpoint, evaluators: Mapping[str, Evaluator], faults: _Faults) -> None:
-    for name, evaluator in evaluators.items():
-        wanted, found = evaluator.architectures, base.architecture or ""
-        if wanted and not found.endswith(wanted):
-            faults.add(
-                ("evaluators", name, "use"),
-                f"needs a model whose architecture ends in {' or '.join(wanted)}; {base.folder} is a "
-                f"'{found or 'checkpoint without architectures in config.json'}'",
-            )
 
 
 def _absolute(
@@ -444,6 +300,3 @@ def _absolute(
     if not is_url(loaded.config.results):
         data["results"] = str(Path(loaded.config.results).expanduser().resolve())
     return Config.model_validate(data)
-
-
-__all__ = ["BASE", "ITEM_POOLS", "Setup", "check", "check_evaluators"]

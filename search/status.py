@@ -13,7 +13,6 @@ from typing import Any
 from search.budget import Budget, Used, budget_in_force, end_in_force, limit_in_force, why_ended
 from search.certificate import ARMS
 from search.errors import MeiosisError
-from search.finals import Verdict
 from search.limits import LimitsConfig
 from search.manifest import read_manifest
 from search.pareto.recorded import tracked_front
@@ -26,6 +25,7 @@ from search.store.run_folder import RunFolder
 from search.store.sessions import Sessions
 from search.trials import may_be_best
 from search.utilisation import WorkerUse, together, worker_uses
+from search.verdict import Verdict
 
 RATE_TRIALS = 64
 """Trials over which the rate is taken."""

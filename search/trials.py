@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from search.candidate import Candidate
 from search.objective import Judgement
 from search.pool import Failure, FailureKind, Outcome
-from search.population import Candidate
 from search.store.events import Ask, Trial
 
 

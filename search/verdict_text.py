@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from search.finals import Verdict
     from search.selection_bias import Optimism
+    from search.verdict import Verdict
 
 _WHAT = {
     "standard": "standard merges that generation 0 did not have",

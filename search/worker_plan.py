@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from evaluators.base import EvaluatorSpec
 from search.memory import MemoryPlan, needs_of
+from search.model_checks import BASE
 from search.pool import WorkerPlan
-from search.setup import BASE, Setup
+from search.setup import Setup
 
 
 def worker_plan(setup: Setup) -> WorkerPlan:

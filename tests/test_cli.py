@@ -245,9 +245,9 @@ def test_the_table_of_a_verdict_names_every_model_however_narrow_the_terminal(
     from rich.console import Console
 
     from meiosis.cli.tables import verdict_table
-    from search.finals import Verdict
     from search.store.events import End
     from search.store.run_folder import RunFolder
+    from search.verdict import Verdict
 
     (end,) = [event for event in RunFolder.find(results, "first").events() if isinstance(event, End)]
     verdict = Verdict.from_json(end.verdict)

@@ -14,7 +14,7 @@ import yaml
 from command_line import meiosis
 
 from meiosis.cli.main import main
-from search.setup import has_gpu
+from search.machine import has_gpu
 
 Edit = Callable[[dict[str, Any], Path], None]
 

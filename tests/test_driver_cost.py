@@ -20,10 +20,10 @@ from scheduling.problem import make_population, score
 from scheduling.simulated_pool import Fates, SimulatedPool, log_normal
 from scheduling.utilisation import GENERATION_0
 
+from search.candidate import Candidate
 from search.driver import STEPS, Driver, Limits
 from search.in_flight import InFlight
 from search.pool import Job, Outcome
-from search.population import Candidate
 from search.store.events import Ask, Trial
 from search.store.history import History
 from search.store.spool import Spool

@@ -11,10 +11,11 @@ from unscored import Unscored
 from search.config import Constraint
 from search.driver import Driver, Limits
 from search.errors import RunError
-from search.finals import Verdict, finish
+from search.finals import finish
 from search.store.events import End
 from search.store.history import History
 from search.store.spool import Spool
+from search.verdict import Verdict
 
 
 class Known(Unscored):

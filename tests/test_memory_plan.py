@@ -19,7 +19,7 @@ from cluster.shards import warm
 from meiosis.cli.memory import lines
 from search.config import load_config
 from search.errors import ConfigError, UserError
-from search.machine import gpus_are_hidden, make_probe, visible_gpus
+from search.machine import gpus_are_hidden, has_gpu, make_probe, visible_gpus
 from search.memory import (
     CUDA_CONTEXT_BYTES,
     LIBRARY_BYTES,
@@ -33,7 +33,7 @@ from search.memory import (
     plan_memory,
 )
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
-from search.setup import check, has_gpu
+from search.setup import check
 from search.worker_plan import worker_plan
 
 GIB = 2**30
@@ -224,7 +224,8 @@ import sys
 from pathlib import Path
 from search.config import load_config
 from search.evaluation import Evaluation
-from search.setup import check, has_gpu
+from search.machine import has_gpu
+from search.setup import check
 from search.worker_plan import worker_plan
 
 def status(name):

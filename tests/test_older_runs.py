@@ -10,7 +10,7 @@ from racing_runs import Quiet, checked, contents, pool_of, stopped
 
 from search.run import resume, start
 
-pytest_plugins = ["family"]
+pytest_plugins = ["family", "racing_family"]
 
 
 def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_parts(
@@ -25,6 +25,21 @@ def test_a_run_goes_on_as_it_began_when_its_folder_knows_neither_halvings_nor_pa
         [options] = entry.values()
         options.pop("halvings", None)
     del text["config"]["search"]["fitness"]["rotate"]
+    folder.config.write_text(yaml.safe_dump(text))
+    resume(folder, pool_of(1), Quiet())
+    assert contents(folder) == contents(whole)
+
+
+def test_a_run_on_parts_goes_on_with_the_estimate_that_is_refused_beside_them_today(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    racing_config["search"] |= {"budget": 20, "window": 2, "optimizer": "gaussian_process", "fitness": {"first": 0.1}}
+    setup = checked(racing_config, tmp_path)
+    assert setup.config.search.fitness.rotate
+    whole, folder = start(setup, pool_of(1), Quiet(), "whole").folder, stopped(setup, 1, stop_after=10)
+    text = yaml.safe_load(folder.config.read_text())
+    # Scores that are not all 0 or 1 have no item-response model: the history is that of control variates.
+    text["config"]["search"]["fitness"]["estimate"] = "p_irt"
     folder.config.write_text(yaml.safe_dump(text))
     resume(folder, pool_of(1), Quiet())
     assert contents(folder) == contents(whole)

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from evaluators.base import Metric, Options
 from evaluators.efficiency.cost import Cost
+from search.candidate import Candidate
 from search.config import Constraint, ObjectivesConfig
 from search.errors import UserError
-from search.finals import Row
 from search.genome import Gene
 from search.objective import make_objective
 from search.optimizer import Problem, Result
@@ -29,9 +29,9 @@ from search.pareto.hypervolume import hypervolume, reference_point
 from search.pareto.knee import knee
 from search.pareto.pick import choose, parse_pick, resolve
 from search.pareto.recorded import pick_trial
-from search.population import Candidate
 from search.recipe import ModelRef, Recipe, Rule
 from search.store.events import Trial
+from search.verdict import Row
 
 Point = tuple[float, ...]
 

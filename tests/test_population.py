@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 from landscape import BASELINES, loss_of, population
 
-from search.population import Candidate, Population
+from search.candidate import Candidate
+from search.population import Population
 
 
 def loss(candidate: Candidate) -> float:

@@ -19,12 +19,12 @@ from family import DOMAINS, config_of
 from search import relocate
 from search.budget import Used
 from search.errors import UserError
-from search.finals import Verdict
 from search.manifest import changed_versions, versions
 from search.relocate import Places, relocated
 from search.store.events import Ask, End, Event, LimitReached, Trial
 from search.store.history import History, digest
 from search.store.sessions import Sessions
+from search.verdict import Verdict
 
 
 def events(run: Path) -> list[Event]:

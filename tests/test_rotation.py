@@ -114,7 +114,7 @@ def test_generation_0_is_compared_on_the_same_items_and_decides_on_more() -> Non
     assert len({(tuple(race.rungs[0].items()), tuple(race.begin.items())) for race in baselines}) == 1
     step = rotation.race(objective, False, "step")
     assert step.items > 2 * baselines[0].items
-    assert {rotation.race(objective, False).part for _ in range(rotation.parts)} == set(range(rotation.parts))
+    assert len({rotation.race(objective, False).chosen_items for _ in range(rotation.parts)}) == rotation.parts
 
 
 def problem(parts: int, budget: int = 200, **options: Any) -> Problem:
@@ -240,6 +240,11 @@ def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers
         ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
         ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
         ({"objectives": {"search": "pareto", "terms": ["python.nll", "cpp.nll"]}}, "for one best merge"),
+        ({"search": {"fitness": {"rotate": True, "estimate": "p_irt"}}}, "use control_variate or auto, or leave"),
+        (
+            {"search": {"fitness": {"rotate": True, "estimate": "gp_irt"}}},
+            "estimate: gp_irt needs the same first items",
+        ),
         ({"constraints": ["python.nll <= 5"]}, "cannot be seen on a few items"),
         ({"objectives": ["python.perplexity", "cpp.nll"]}, "'python.perplexity' has no value per item"),
     ],
@@ -267,7 +272,9 @@ def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
 ) -> None:
     assert checked(rotating_config, tmp_path).config.search.fitness.rotate
     alone = {**rotating_config["search"], "baselines_only": True}
-    for number, change in enumerate(({"constraints": ["python.nll <= 5"]}, {"search": alone})):
+    estimates = ({**rotating_config["search"], "fitness": {"estimate": one}} for one in ("p_irt", "gp_irt"))
+    changes = [{"constraints": ["python.nll <= 5"]}, {"search": alone}, *({"search": one} for one in estimates)]
+    for number, change in enumerate(changes):
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(rotating_config | change))
         assert not check(load_config(file)).config.search.fitness.rotate

@@ -18,10 +18,11 @@ from search.certificate import arms_named, missing_comparisons
 from search.config import ObjectivesConfig
 from search.effect_size import DocumentParts, EffectSizes
 from search.errors import RunError, UserError
-from search.finals import Row, Verdict, earlier_verdicts
+from search.finals import earlier_verdicts
 from search.objective import Objective, make_objective
 from search.selection_bias import Optimism, expected_flattery, expected_optimism
 from search.store.events import End, Event, Extended
+from search.verdict import Row, Verdict
 
 
 class Losses(Unscored):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.population import SEARCHED, Population
+from search.candidate import SEARCHED
+from search.population import Population
 from search.store.events import Trial
 from search.trials import may_be_best
 
@@ -52,12 +53,12 @@ class Incumbents:
         if searched and may_be_best(trial):
             self._losses[trial.candidate] = trial.loss
             self._told += 1
-            if not self.population.rotates:
-                self._better(trial.candidate, self.population.cautious(trial.candidate, trial.loss))
+            if not self.population.coverage.rotates:
+                self._better(trial.candidate, self.population.coverage.cautious(trial.candidate, trial.loss))
             elif self._told % _LOOK == 0:
                 self._step(self.population.ranked(self._losses)[0])
-        elif may_be_best(trial, self.population.rotates):
-            self._better(trial.candidate, self.population.cautious(trial.candidate, trial.loss))
+        elif may_be_best(trial, self.population.coverage.rotates):
+            self._better(trial.candidate, self.population.coverage.cautious(trial.candidate, trial.loss))
 
     def _better(self, candidate: int, loss: float) -> None:
         if self._zero is None or loss < self._zero[0]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.base import ItemPool
+from search.candidate import Candidate
 from search.driver import Driver, Limits
 from search.pool import Job, Outcome, Pool
-from search.population import Candidate, Population
+from search.population import Population
 from search.store.events import Ask, Event, Trial
 from search.store.history import History
 from search.store.spool import Spool

@@ -12,11 +12,12 @@ import numpy as np
 from scheduling.simulated_pool import Fates, log_normal
 
 from evaluators.base import Metric, Scores
+from search.candidate import Candidate
 from search.config import ObjectivesConfig, SpaceConfig
 from search.objective import make_objective
 from search.optimizers import optimizer_named
 from search.pool import Job, Outcome, WorkerPlan
-from search.population import Candidate, Population
+from search.population import Population
 from search.recipe import ModelRef
 from search.space import make_space
 

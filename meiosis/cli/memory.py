@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 def memory_plan(setup: Setup) -> MemoryPlan:
     """Workers on this machine, or on the cluster that the config names, which is joined and left again."""
     from cluster.need import Need
-    from search.machine import make_probe, visible_gpus
+    from search.machine import has_gpu, make_probe, visible_gpus
     from search.memory import Node, needs_of, plan_memory
-    from search.setup import has_gpu
 
     cluster = setup.config.cluster
     gpus = cluster.gpus_per_worker

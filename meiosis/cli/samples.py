@@ -24,17 +24,16 @@ def text(folder: Path, seed: int, as_json: bool) -> None:
     """Train a base language model and three specialists of it into DIR; a few minutes on two cores.
 
     The text is what every machine with Meiosis has: Python's standard library, the language reference
-    and torch's C++ headers. A family that is already there is kept.
+    and torch's C++ headers. A family that is already there is kept, and so is its search.yaml where you edited it.
     """
+    from meiosis.samples.config_file import make_with_config
     from meiosis.samples.text import make_text_family
 
-    config = folder / "search.yaml"
-    # What the user made of the config survives when the models are trained anew.
-    source = config if config.exists() else Path(meiosis.samples.__file__).with_name("text.yaml")
-    text_of_config = source.read_text()
-    make_text_family(folder, seed=seed, report=note)
-    config.write_text(text_of_config)
-    _show(folder, config, as_json)
+    def make() -> str:
+        make_text_family(folder, seed=seed, report=note)
+        return Path(meiosis.samples.__file__).with_name("text.yaml").read_text(encoding="utf-8")
+
+    _show(folder, make_with_config(folder, make, note), as_json)
 
 
 @command.command("vision", epilog="Example: meiosis samples vision samples/vision --data DATA")
@@ -51,17 +50,16 @@ def vision(folder: Path, seed: int, data: Path | None, as_json: bool) -> None:
     """Train an image backbone and a fine-tune for each of eight tasks into DIR; a few minutes.
 
     Every task has a head that is fitted to the base and frozen, so that the backbones can be merged. A family that
-    is already there is kept.
+    is already there is kept, and so is its search.yaml where you edited it.
     """
+    from meiosis.samples.config_file import make_with_config
     from meiosis.samples.vision import make_vision_family
     from meiosis.samples.vision_card import search_config
 
-    config = folder / "search.yaml"
-    # What the user made of the config survives when the models are trained anew.
-    kept = config.read_text() if config.exists() else None
-    card = make_vision_family(folder, data=data, seed=seed, report=note)
-    config.write_text(kept or search_config(tuple(card.tasks)))
-    _show(folder, config, as_json)
+    def make() -> str:
+        return search_config(tuple(make_vision_family(folder, data=data, seed=seed, report=note).tasks))
+
+    _show(folder, make_with_config(folder, make, note), as_json)
 
 
 def _show(folder: Path, config: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from search.finals import Verdict
+    from search.verdict import Verdict
 
 
 def verdict_table(verdict: Verdict, width: int) -> Table:

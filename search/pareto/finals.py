@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from search.candidate import SEARCHED, Candidate
 from search.errors import UserError
 from search.objective import Objective
 from search.pareto.dominance import front, spread
 from search.pareto.front import Front, feasible_points, front_of, losses_of
 from search.pareto.pick import choose, parse_pick, resolve
-from search.population import SEARCHED, Candidate
 
 if TYPE_CHECKING:
     from search.driver import Driver
-    from search.finals import Row
     from search.store.events import Trial
+    from search.verdict import Row
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluators.base import ItemPool, Metric
+from search.candidate import Candidate
 from search.config import Constraint, ObjectivesConfig
 from search.errors import UserError
 from search.objective import Objective, Term, make_objective
 from search.pareto.front import Front, FrontTracker, front_of
 from search.pareto.pick import Pick, choose, parse_pick, resolve, values
-from search.population import Candidate
 from search.store.events import Trial
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.candidate import SEARCHED
 from search.pareto.finals import final_fronts, origins_of
 from search.pareto.front import Front, FrontPoint, feasible_points
-from search.population import SEARCHED
 from search.store.atomic import write_atomic
 
 if TYPE_CHECKING:

@@ -7,19 +7,28 @@ from collections.abc import Iterator, Mapping
 from evaluators.base import Metric
 from search.config import Config
 from search.optimizer import OPTIMIZERS, PoolsParts
+from search.racing.config import FitnessConfig
 
 
-def rotate_faults(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> Iterator[str]:
+def rotate_faults(
+    config: Config, optimizer: str, metrics: Mapping[str, Metric], *, begun: bool = False
+) -> Iterator[str]:
     """What is wrong with `search.fitness.rotate: true`.
 
     Args:
         metrics: those that are known, as `<evaluator>.<metric>`.
+        begun: whether it is the config of a run that exists, which may be older than a rule and goes on as it began.
     """
     fitness = config.search.fitness
     if not fitness.rotate:
         return
     if fitness.racing:
         yield "racing scores all candidates on the same items, rotate each on others; choose one of them"
+    if not begun and _models_items(fitness):
+        yield (
+            f"estimate: {fitness.estimate} needs the same first items of every candidate, and a part has others; "
+            "use control_variate or auto, or leave rotate out"
+        )
     if config.constraints:
         yield "whether a constraint is kept cannot be seen on a few items; leave rotate out"
     for term in config.objectives.terms:
@@ -46,8 +55,14 @@ def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bo
     if config.search.baselines_only:
         return False  # nothing puts parts together
     by_item = all(metrics[term.metric].per_item for term in config.objectives.terms)
-    open_to_it = _one_optimiser_for_one_merge(config) and not (fitness.racing or config.constraints)
+    refused = fitness.racing or _models_items(fitness) or config.constraints
+    open_to_it = _one_optimiser_for_one_merge(config) and not refused
     return open_to_it and by_item and _pools_parts(optimizer)
+
+
+def _models_items(fitness: FitnessConfig) -> bool:
+    """Whether metrics are estimated by an item-response model."""
+    return fitness.estimate in ("p_irt", "gp_irt")
 
 
 def _one_optimiser_for_one_merge(config: Config) -> bool:

@@ -25,13 +25,14 @@ class FitnessConfig(BaseModel):
         None,
         description="score every candidate on one part of the search items, each on another part, and now and then the "
         "best on all of them; by default true with an optimiser that puts parts together (gaussian_process), where "
-        "every metric of the objective has values per item and there are no constraints",
+        "every metric of the objective has values per item, there are no constraints and estimate is not p_irt or "
+        "gp_irt, with which it cannot be used",
     )
     estimate: Estimate = Field(
         "auto",
-        description="how racing makes scores of a subset into metrics of all items. none: the mean of the subset; "
+        description="how scores of a subset, or of a part, become metrics of all items. none: the mean of the subset; "
         "control_variate: regression on what parents and fully scored candidates did; p_irt, gp_irt: item-response "
-        "models of 0/1 scores; auto: control_variate, which was the best of them in simulations",
+        "models of 0/1 scores, not with rotate; auto: control_variate, which was the best of them in simulations",
     )
     first: float = Field(
         0.05,

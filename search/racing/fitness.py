@@ -44,6 +44,27 @@ class Best:
     scores: Mapping[str, Matrix]
 
 
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How a candidate stands among the others, once the objective is normalised.
+
+    Attributes:
+        candidate: its id.
+        loss: what the optimiser is told of it.
+        losses: normalised loss of every term; only a front needs them.
+        scores: on the items that it was scored on; empty where none are recorded.
+        searched: whether the optimiser asked for it, and it keeps the constraints.
+        may_lead: whether others may be compared with it: it keeps the constraints and was not stopped.
+    """
+
+    candidate: int
+    loss: float
+    losses: Sequence[float]
+    scores: Mapping[str, Scores]
+    searched: bool
+    may_lead: bool
+
+
 class Fitness:
     """Decides how far candidates are scored, and estimates what they would have on all items.
 
@@ -125,33 +146,17 @@ class Fitness:
             for name, block in scores.items():
                 self._strata[name].learn(*self._in_order(name, block), parent)
 
-    def rank(
-        self,
-        candidate: int,
-        objective: Objective,
-        loss: float,
-        scores: Mapping[str, Scores],
-        *,
-        searched: bool,
-        may_lead: bool,
-        losses: Sequence[float],
-    ) -> None:
-        """Take note of the loss of a candidate, in the order of the history, once the objective is normalised.
-
-        Args:
-            loss: what the optimiser is told of it.
-            searched: whether the optimiser asked for it.
-            may_lead: whether others may be compared with it: it keeps the constraints and was not stopped.
-            losses: normalised loss of every term; only a front needs them.
-        """
-        if not scores:
+    def rank(self, objective: Objective, standing: Standing) -> None:
+        """Take note of how a candidate stands, in the order of the history."""
+        if not standing.scores:
             return
-        residuals, error = self._residuals(scores, coefficients_of(objective))
-        self._errors[candidate] = error
-        if searched:
+        loss = standing.loss
+        residuals, error = self._residuals(standing.scores, coefficients_of(objective))
+        self._errors[standing.candidate] = error
+        if standing.searched:
             self._levels.told(Seen(loss, residuals))
-        if may_lead and (self._best is None or loss + CAUTION * error < self._best.cautious):
-            self._best = self.best_of(loss + CAUTION * error, loss, scores)
+        if standing.may_lead and (self._best is None or loss + CAUTION * error < self._best.cautious):
+            self._best = self.best_of(loss + CAUTION * error, loss, standing.scores)
             self._reference = None
 
     def best_of(self, cautious: float, loss: float, scores: Mapping[str, Scores]) -> Best:

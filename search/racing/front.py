@@ -10,7 +10,7 @@ with a probability of at most 1 - `confidence`, however often that is looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from evaluators.base import Evaluator, Scores
 from search.objective import Objective, Term
 from search.pareto.dominance import front, spread
 from search.racing.config import FitnessConfig
-from search.racing.fitness import Best, Fitness, Role
+from search.racing.fitness import Best, Fitness, Role, Standing
 from search.racing.race import Race, Reference
 
 MOST_MEMBERS = 16
@@ -106,20 +106,11 @@ class FrontFitness(Fitness):
             self._opponents = FrontReference(tuple(self._member(best, objective) for best in chosen), self._alpha)
         return Race(rungs, self._opponents)
 
-    def rank(
-        self,
-        candidate: int,
-        objective: Objective,
-        loss: float,
-        scores: Mapping[str, Scores],
-        *,
-        searched: bool,
-        may_lead: bool,
-        losses: Sequence[float],
-    ) -> None:
-        if not (scores and may_lead and self.is_whole(scores)):
+    def rank(self, objective: Objective, standing: Standing) -> None:
+        if not (standing.scores and standing.may_lead and self.is_whole(standing.scores)):
             return
-        every = [*self._members, _Known(tuple(losses), self.best_of(loss, loss, scores))]
+        best = self.best_of(standing.loss, standing.loss, standing.scores)
+        every = [*self._members, _Known(tuple(standing.losses), best)]
         kept = [every[index] for index in sorted(front(np.array([known.losses for known in every])))]
         if len(kept) != len(self._members) or kept[-1] is every[-1]:
             self._members, self._opponents = kept, None

@@ -149,19 +149,22 @@ class Race:
     Attributes:
         rungs: evaluator -> numbers of items after which a candidate may end; the last is as far as it goes.
         reference: what it is compared with after every rung but the last; None: it is not stopped.
-        begin: evaluator -> where its items begin, in the order of the run.
-        part: which part of the items these are, or end with; None: not one of those that are taken in turn.
+        begin: evaluator -> where its items begin, in the order of the run; empty where every candidate has the first.
     """
 
     rungs: tuple[Mapping[str, int], ...]
     reference: Opponent | None = field(default=None, repr=False)
     begin: Mapping[str, int] = field(default_factory=dict)
-    part: int | None = None
 
     @property
     def items(self) -> int:
         """Items that are scored at most."""
         return sum(self.rungs[-1].values())
+
+    @property
+    def chosen_items(self) -> str:
+        """The most items that are scored, as begin and size per evaluator: equal for races on the same items."""
+        return " ".join(f"{name} {self.begin.get(name, 0)}+{size}" for name, size in sorted(self.rungs[-1].items()))
 
     def chosen(self, evaluator: str, order: Sequence[str]) -> Sequence[str]:
         """The items of an evaluator from which the rungs are taken, from all in the order of the run."""

@@ -6,14 +6,14 @@ together has seen every item after some dozens of candidates, for the price of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from evaluators.base import Evaluator, Scores
 from search.objective import Objective
 from search.racing.config import FitnessConfig
-from search.racing.fitness import Fitness, Role, Vector, coefficients_of
+from search.racing.fitness import Fitness, Role, Standing, Vector, coefficients_of
 from search.racing.race import Race
 from search.seeds import derive_seed
 
@@ -56,7 +56,7 @@ class Rotation(Fitness):
             last = int(_TO_DECIDE * self._parts)
         edges = {name: (self._edges(name, part)[0], self._edges(name, last)[1]) for name in self._totals}
         sizes = {name: end - begin for name, (begin, end) in edges.items()}
-        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()}, part=last)
+        return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()})
 
     def losses_of_parts(
         self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]
@@ -80,19 +80,9 @@ class Rotation(Fitness):
                 found[part] += scale * float(np.average(influence[here], weights=weights[here]))
         return found
 
-    def rank(
-        self,
-        candidate: int,
-        objective: Objective,
-        loss: float,
-        scores: Mapping[str, Scores],
-        *,
-        searched: bool,
-        may_lead: bool,
-        losses: Sequence[float],
-    ) -> None:
-        if scores:
-            self._errors[candidate] = self._residuals(scores, coefficients_of(objective))[1]
+    def rank(self, objective: Objective, standing: Standing) -> None:
+        if standing.scores:
+            self._errors[standing.candidate] = self._residuals(standing.scores, coefficients_of(objective))[1]
 
     def _is_uncut(self, name: str) -> bool:
         return self._totals[name] <= SMALLEST
