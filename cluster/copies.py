@@ -22,7 +22,7 @@ from cluster.parcels import Parcel, this_node
 from cluster.shards import node_folder
 from search.checkpoints.fingerprint_cache import cache_folder
 from search.errors import WorkerError
-from search.memory import gib
+from search.memory_sizes import gib
 
 ABOUT = "about.json"
 PARTIAL = ".partial"

@@ -21,7 +21,7 @@ from cluster.shards import attach
 from evaluators.base import EvaluatorSpec
 from search.checkpoints.reading import Checkpoint
 from search.errors import WorkerError
-from search.memory import gib
+from search.memory_sizes import gib
 from search.pool import WorkerPlan
 from search.store.atomic import sync_folder, write_all
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from cluster.handshake import Identity
 from cluster.parcels import Offer, Parcel, parcels_of
 from cluster.shards import ShardRef
-from search.memory import gib
+from search.memory_sizes import gib
 from search.outcome_check import printable
 from search.pool import WorkerPlan
 from search.store.copied import Copied, note_copied

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from search.errors import UserError
-from search.memory import WORK_SPACE_BYTES, gib
+from search.memory_sizes import WORK_SPACE_BYTES, gib
 
 if TYPE_CHECKING:
     import torch

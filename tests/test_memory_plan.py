@@ -20,18 +20,8 @@ from meiosis.cli.memory import lines
 from search.config import load_config
 from search.errors import ConfigError, UserError
 from search.machine import gpus_are_hidden, has_gpu, make_probe, visible_gpus
-from search.memory import (
-    CUDA_CONTEXT_BYTES,
-    LIBRARY_BYTES,
-    SCRATCH_ELEMENTS,
-    ModelSize,
-    Needs,
-    Node,
-    activation_bytes,
-    model_size,
-    needs_of,
-    plan_memory,
-)
+from search.memory import ModelSize, Needs, Node, activation_bytes, model_size, needs_of, plan_memory
+from search.memory_sizes import CUDA_CONTEXT_BYTES, LIBRARY_BYTES, SCRATCH_ELEMENTS
 from search.merge.operator import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
 from search.setup import check
 from search.worker_plan import worker_plan

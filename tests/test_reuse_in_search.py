@@ -21,7 +21,8 @@ from search.config import load_config
 from search.evaluation import Evaluation
 from search.genome import Genome
 from search.local_pool import LocalPool
-from search.memory import REUSE_BYTES, Needs, Node, plan_memory
+from search.memory import Needs, Node, plan_memory
+from search.memory_sizes import REUSE_BYTES
 from search.pool import Job, Outcome, Pool, WorkerPlan
 from search.prefix.affinity import Prefixes, Recent
 from search.prefix.contents import contents_of

@@ -19,7 +19,7 @@ def command(clear: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
     from cluster.copies import Copies, age
-    from search.memory import gib
+    from search.memory_sizes import gib
 
     copies = Copies()
     removed = []

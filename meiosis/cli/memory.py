@@ -124,7 +124,7 @@ def as_data(plan: MemoryPlan) -> dict[str, Any]:
 
 def lines(plan: MemoryPlan, shards: str) -> list[str]:
     """The plan for people."""
-    from search.memory import gib
+    from search.memory_sizes import gib
 
     needs = plan.needs
     parts = [f"{gib(needs.live)} of live model", f"at most {gib(needs.activations)} of activations"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from search.memory import KEPT_PLACEBO_BYTES
+from search.memory_sizes import KEPT_PLACEBO_BYTES
 from search.merge.inputs import row_sums
 from search.merge.operator import ROW_ELEMENTS
 from search.recipe import ModelRef
