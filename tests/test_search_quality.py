@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from quality.landscapes import Analytic, Table, load, names, quality  # noqa: E4
 from quality.methods import METHODS, PEER, chosen  # noqa: E402
 from quality.peer_cma import SIGMA, PeerCma  # noqa: E402
 from quality.reports import markdown, rows, write  # noqa: E402
-from quality.runs import Curve, table_curve  # noqa: E402
+from quality.runs import Curve, models_for, search, table_config, table_curve  # noqa: E402
 
 from search.genome import Gene  # noqa: E402
 from search.nevergrad_box import import_cma  # noqa: E402
 from search.optimizer import Problem  # noqa: E402
+from search.store.run_folder import RunFolder  # noqa: E402
 
 TABLES = sorted((ROOT / "results" / "reference" / "tables").glob("*.parquet"))
 
@@ -114,3 +116,24 @@ def test_methods_run_through_the_real_search_and_find_better_merges(tmp_path: Pa
     assert default.candidates == 40
     assert default.final < default.quality[default.steps[0].candidate]
     assert table_curve("bowl-1", chosen([PEER])[0], 0, 40, tmp_path).quality == peer.quality  # type: ignore[union-attr]
+
+
+def test_a_search_that_was_run_is_taken_again_only_with_the_same_config(tmp_path: Path) -> None:
+    landscape, (peer,) = load("bowl-1"), chosen([PEER])
+    config = table_config("bowl-1", landscape, models_for("bowl-1", landscape, tmp_path / "models"), 8)
+    certified = tmp_path / f"{PEER}-0.certified.json"
+
+    def is_run(config: dict[str, Any]) -> bool:
+        """Whether it is run now; what was known of an earlier one is then gone."""
+        marks = [tmp_path / f"{PEER}-0" / "mark", certified]
+        run = search(config, peer, 0, tmp_path)
+        assert isinstance(run, RunFolder), run
+        gone = [not mark.exists() for mark in marks]
+        assert len(set(gone)) == 1
+        for mark in marks:
+            mark.touch()
+        return gone[0]
+
+    assert is_run(config)
+    assert not is_run(config)
+    assert is_run({**config, "objectives": {**config["objectives"], "normalize": "parents"}})

@@ -97,13 +97,15 @@ def search(config: dict[str, Any], method: Method, seed: int, results: Path) -> 
     name = f"{method.name}-{seed}"
     path = results / f"{name}.yaml"
     changed = {**with_method(config, method), "seed": seed, "results": str(results)}
+    text = yaml.safe_dump(changed, sort_keys=False)
     if (results / name / "report.md").exists():
-        if yaml.safe_load(path.read_text())["search"] == changed["search"]:
+        if path.exists() and yaml.safe_load(path.read_text()) == yaml.safe_load(text):
             return RunFolder(results / name)
-        shutil.rmtree(results / name)  # with other settings, such as a smaller budget
+        # It had other settings, such as a smaller budget or fewer items.
         _certified_file(results, method, seed).unlink(missing_ok=True)
+        shutil.rmtree(results / name)
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(changed, sort_keys=False))
+    path.write_text(text)
     try:
         setup = check(load_config(path))
     except UserError as error:
