@@ -52,7 +52,7 @@ def rows(family: str, curves: Sequence[Curve], tolerance: float) -> list[Row]:
     for method in methods:
         own = [curve for curve in curves if curve.method == method]
         needed = [items_to_reach(curve.steps, curve.quality.__getitem__, target) for curve in own]
-        # The lower middle one of an even number: between a number and infinity there is no mean.
+        # The upper middle one of an even number: between a number and infinity there is no mean.
         median = float(np.sort(needed)[len(needed) // 2]) if own else np.inf
         if method == PEER:
             peer = median if np.isfinite(median) else float(np.median([curve.items for curve in own]))
