@@ -114,7 +114,9 @@ def test_generation_0_is_compared_on_the_same_items_and_decides_on_more() -> Non
     assert len({(tuple(race.rungs[0].items()), tuple(race.begin.items())) for race in baselines}) == 1
     step = rotation.race(objective, False, "step")
     assert step.items > 2 * baselines[0].items
-    assert len({rotation.race(objective, False).chosen_items for _ in range(rotation.parts)}) == rotation.parts
+    turns = [rotation.race(objective, False) for _ in range(rotation.parts)]
+    assert len({race.chosen_items for race in turns}) == rotation.parts
+    assert sum(race.items for race in turns) == sum(counts), "one turn has every item"
 
 
 def problem(parts: int, budget: int = 200, **options: Any) -> Problem:

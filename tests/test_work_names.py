@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import pytest
+from unscored import Unscored
 
-from evaluators.base import Context, Evaluator, ItemPool, Metric, Scores
 from search.candidate import work_name
 from search.objective import Objective, Term
 from search.racing.config import FitnessConfig
@@ -19,27 +18,10 @@ SEED = 5
 COUNTS = {"e": 80, "f": 100, "few": 3}
 
 
-class Items(Evaluator):
-    """So many items; it is never asked to score."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(None)
-        self.metrics = {"loss": Metric("minimize")}
-        self._count = count
-
-    def prepare(self, context: Context) -> None: ...
-
-    def items(self, pool: ItemPool) -> Sequence[str]:
-        return [f"{pool}{k}" for k in range(self._count)]
-
-    def evaluate(self, model: object, items: Sequence[str]) -> Iterator[Scores]:
-        raise NotImplementedError
-
-
 @pytest.fixture(scope="module")
 def races() -> list[Race]:
     """Of everything that a search on parts asks for: parents, baselines, their steps, and two turns of all parts."""
-    evaluators = {name: Items(count) for name, count in COUNTS.items()}
+    evaluators = {name: Unscored(count) for name, count in COUNTS.items()}
     rotation = Rotation(FitnessConfig(rotate=True, first=0.1), evaluators, SEED, 2)
     objective = Objective((Term("e.loss", 1.0, 1),), (), needs_parents=False)
     turns = [rotation.race(objective, False) for _ in range(2 * rotation.parts)]
@@ -51,7 +33,7 @@ def items_of(race: Race) -> set[tuple[str, str]]:
     return {
         (name, item)
         for name, size in race.rungs[-1].items()
-        for item in race.chosen(name, item_order(SEED, name, tuple(Items(COUNTS[name]).items("search"))))[:size]
+        for item in race.chosen(name, item_order(SEED, name, tuple(Unscored(COUNTS[name]).items("search"))))[:size]
     }
 
 
