@@ -27,7 +27,7 @@ from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
 from search.paths.stages import in_two_stages, two_problems
-from search.racing.choice import rotate_faults, rotates
+from search.racing.choice import estimate_faults, rotate_faults, rotates
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.section_checks import check_budget, check_gpus, check_metrics, metrics_of
@@ -150,6 +150,8 @@ def check(
     make_optimizer = _optimizer(loaded, optimizer, space if there else None, faults)
     for message in rotate_faults(config, optimizer.name, metrics, begun=begun):
         faults.add(("search", "fitness", "rotate"), message)
+    for message in () if begun else estimate_faults(config):
+        faults.add(("search", "fitness", "estimate"), message)
     if len(checkpoints) == len(config.models.sources) + 1:
         check_sources(checkpoints, faults)
     faults.raise_if_any()

@@ -242,6 +242,10 @@ def test_a_search_on_parts_has_the_same_history_after_a_stop_and_on_more_workers
         ({"search": {"optimizer": "diagonal_cma"}}, "'diagonal_cma' takes every score as it is"),
         ({"search": {"fitness": {"rotate": True, "racing": True}}}, "choose one of them"),
         ({"objectives": {"search": "pareto", "terms": ["python.nll", "cpp.nll"]}}, "for one best merge"),
+        (
+            {"search": {"fitness": {"estimate": "p_irt"}}},
+            "p_irt has no effect where candidates are scored on all items",
+        ),
         ({"search": {"fitness": {"rotate": True, "estimate": "p_irt"}}}, "use control_variate or auto, or leave"),
         (
             {"search": {"fitness": {"rotate": True, "estimate": "gp_irt"}}},
@@ -274,8 +278,9 @@ def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
 ) -> None:
     assert checked(rotating_config, tmp_path).config.search.fitness.rotate
     alone = {**rotating_config["search"], "baselines_only": True}
-    estimates = ({**rotating_config["search"], "fitness": {"estimate": one}} for one in ("p_irt", "gp_irt"))
-    changes = [{"constraints": ["python.nll <= 5"]}, {"search": alone}, *({"search": one} for one in estimates)]
+    fitness = [{"estimate": one, "racing": True} for one in ("p_irt", "gp_irt")]
+    estimates = ({"search": {**rotating_config["search"], "fitness": one}} for one in fitness)
+    changes = [{"constraints": ["python.nll <= 5"]}, {"search": alone}, *estimates]
     for number, change in enumerate(changes):
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(rotating_config | change))

@@ -10,6 +10,16 @@ from search.optimizer import OPTIMIZERS, PoolsParts
 from search.racing.config import FitnessConfig
 
 
+def estimate_faults(config: Config) -> Iterator[str]:
+    """What is wrong with an item-response model as `search.fitness.estimate`."""
+    fitness = config.search.fitness
+    if _models_items(fitness) and not (fitness.racing or fitness.rotate):
+        yield (
+            f"{fitness.estimate} has no effect where candidates are scored on all items; set racing: true beside it, "
+            "or leave it out"
+        )
+
+
 def rotate_faults(
     config: Config, optimizer: str, metrics: Mapping[str, Metric], *, begun: bool = False
 ) -> Iterator[str]:
