@@ -2,7 +2,8 @@
 
     python benchmarks/search_quality.py --family table                      landscapes, 20 seeds
     python benchmarks/search_quality.py --family text --seeds 0 1 2         the models of `meiosis samples text`
-    python benchmarks/search_quality.py --family vision --seeds 0 1 2       those of `meiosis samples vision`
+    python benchmarks/search_quality.py --family vision --seeds 0 1 2       of `meiosis samples vision`, a weight per task
+    python benchmarks/search_quality.py --family vision_layers              a weight per task and layer, as in its config
     python benchmarks/search_quality.py --family table --methods default racing --page curves.html
     python benchmarks/search_quality.py --tabulate text                     evaluate the grid of a table anew
 
@@ -27,14 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
 TABLES = REFERENCE / "tables"
 WORK = ROOT / "results" / "search_quality"
+SAMPLES = {"text": "text", "vision": "vision", "vision_layers": "vision"}
+"""Family -> the samples that it is made of."""
 ANALYTIC = ("bowl-4", "valley-2", "answers-4")
 
 
 def real_config(family: str, budget: int) -> dict[str, Any]:
     """The config of a family of real models, on one worker in this process."""
-    folder = ROOT / "samples" / family
+    folder = ROOT / "samples" / SAMPLES[family]
     if not (folder / "search.yaml").exists():
-        sys.exit(f"{folder} is not there; make it with: meiosis samples {family} {folder}")
+        sys.exit(f"{folder} is not there; make it with: meiosis samples {SAMPLES[family]} {folder}")
     config: dict[str, Any] = yaml.safe_load((folder / "search.yaml").read_text())
 
     def absolute(value: Any) -> Any:
@@ -47,6 +50,8 @@ def real_config(family: str, budget: int) -> dict[str, Any]:
     kept = {key: value for key, value in found["search"].items() if key not in ("optimizer", "fitness")}
     found["search"] = {**kept, "budget": budget, "finalists": 1, "window": 2}
     found["cluster"] = {"pool": "local", "workers": 1}
+    if family == "vision":
+        found["space"]["patterns"] = {"model": ".*"}
     return found
 
 
@@ -80,7 +85,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("table", "text", "vision"), default="table")
+    parser.add_argument("--family", choices=("table", *SAMPLES), default="table")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 19 for tables, 0 1 2 for real models")
     parser.add_argument("--methods", nargs="+", help="names from quality/methods.py; default: all")
     parser.add_argument("--landscapes", nargs="+", help="parquet files or formulas; default: all tables and formulas")
