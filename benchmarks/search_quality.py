@@ -2,8 +2,8 @@
 
     python benchmarks/search_quality.py --family table                      landscapes, 20 seeds
     python benchmarks/search_quality.py --family text --seeds 0 1 2         the models of `meiosis samples text`
-    python benchmarks/search_quality.py --family vision --seeds 0 1 2       of `meiosis samples vision`, a weight per task
-    python benchmarks/search_quality.py --family vision_layers              a weight per task and layer, as in its config
+    python benchmarks/search_quality.py --family vision --seeds 0 1 2       `meiosis samples vision`, a weight per task
+    python benchmarks/search_quality.py --family vision_layers              with a weight per task and layer
     python benchmarks/search_quality.py --family table --methods default racing --page curves.html
     python benchmarks/search_quality.py --tabulate text                     evaluate the grid of a table anew
 

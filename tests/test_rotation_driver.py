@@ -68,6 +68,12 @@ def test_the_history_is_the_same_after_every_stop_with_failures_on_any_number_of
         assert content(drive(folder, Racing(4, 50 + number))) == content(whole)
 
 
+def test_parents_by_which_an_objective_is_measured_are_scored_on_all_items(whole: list[Event]) -> None:
+    parents = {event.candidate for event in whole if isinstance(event, Ask) and event.origin.startswith("parent:")}
+    assert parents
+    assert all(e.scored is None for e in whole if isinstance(e, Trial) and e.candidate in parents)
+
+
 def test_what_is_expected_is_in_the_unit_of_the_loss(whole: list[Event]) -> None:
     made = make_fitness(FitnessConfig(rotate=True), {"e": TABLE}, SEED, WINDOW, front=False)
     told = population(100, WINDOW, "parents", "gaussian_process", fitness=made)
