@@ -231,19 +231,15 @@ class Population:
         return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
-        whole = candidate.learn is not None or self._sets_the_scale(candidate)
+        # Others are measured by parents and base: where all are scored on the same items, or the objective says so.
+        measure = not self.coverage.rotates or self.objective.needs_parents
+        whole = candidate.learn is not None or (measure and len(self._candidates) <= len(self._space.sources))
         optimizer: object = self._optimizer
         if self.coverage.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
             whole = whole or optimizer.wants_all_items()
         candidate = self.coverage.assigned(candidate, self.objective, whole=whole)
         self._candidates.append(candidate)
         return candidate
-
-    def _sets_the_scale(self, candidate: Candidate) -> bool:
-        """Whether others are measured by it: the base on parts of the items, else and for an objective also parents."""
-        if self.coverage.rotates and not self.objective.needs_parents:
-            return candidate.origin == BASE_LABEL
-        return len(self._candidates) <= len(self._space.sources)
 
     def _start_optimizer(self) -> Optimizer:
         """The optimiser at the best recipe of generation 0 that the space can come close to."""
