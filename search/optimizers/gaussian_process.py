@@ -44,8 +44,8 @@ class GaussianProcessOptions(OptimizerOptions):
     confirm: int | None = Field(
         None,
         ge=1,
-        description="after so many candidates on parts of the items, the one held for the best is scored on all, first "
-        "of all at the start; by default twice as many as there are parts",
+        description="after so many candidates on parts of the items, the one held for the best is scored on all; by "
+        "default twice as many as there are parts",
     )
     exploration: float = Field(
         1.0, ge=0, le=10, allow_inf_nan=False, description="how much an uncertain candidate is preferred to a sure one"
@@ -79,10 +79,7 @@ class GaussianProcess:
         self._suggested: deque[Vector] = deque()
         self._pending: list[Vector] = []
         self._exploits: list[tuple[Vector, bool]] = []
-        self._confirm = self._options.confirm or 2 * problem.parts
-        # The first one that is held for the best is scored on all items: it tells how hard every part is.
-        self._since = self._confirm - 1
-        self._asked = self._fitted = 0
+        self._since = self._asked = self._fitted = 0
         self._surrogate = Surrogate(len(problem.start))
         self._whole = False
 
@@ -100,7 +97,7 @@ class GaussianProcess:
             self._pending.append(place)
             return place
         self._since += 1
-        self._whole = self._problem.parts == 1 or self._since >= self._confirm
+        self._whole = self._problem.parts == 1 or self._since == (self._options.confirm or 2 * self._problem.parts)
         exploit = self._asked % _EXPLOIT == 0
         if self._whole and self._problem.parts > 1:
             self._since, exploit = 0, True
