@@ -48,7 +48,7 @@ class GaussianProcessOptions(OptimizerOptions):
         "default twice as many as there are parts",
     )
     exploration: float = Field(
-        1.0, ge=0, le=10, allow_inf_nan=False, description="how much an uncertain candidate is preferred to a sure one"
+        0.3, ge=0, le=10, allow_inf_nan=False, description="how much an uncertain candidate is preferred to a sure one"
     )
 
 
