@@ -98,10 +98,11 @@ def search(config: dict[str, Any], method: Method, seed: int, results: Path) -> 
     path = results / f"{name}.yaml"
     changed = {**with_method(config, method), "seed": seed, "results": str(results)}
     text = yaml.safe_dump(changed, sort_keys=False)
-    if (results / name / "report.md").exists():
-        if path.exists() and yaml.safe_load(path.read_text()) == yaml.safe_load(text):
+    if (results / name).exists():
+        finished = (results / name / "report.md").exists()
+        if finished and path.exists() and yaml.safe_load(path.read_text()) == yaml.safe_load(text):
             return RunFolder(results / name)
-        # It had other settings, such as a smaller budget or fewer items.
+        # It was cut off, or had other settings, such as a smaller budget or fewer items.
         _certified_file(results, method, seed).unlink(missing_ok=True)
         shutil.rmtree(results / name)
     results.mkdir(parents=True, exist_ok=True)
