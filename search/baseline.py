@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from evaluators.base import Evaluator
 from evaluators.registry import Registry
-from search.candidate import PARENT
 from search.errors import UserError, nearest
 from search.grouping import Group
 from search.objective import Term
@@ -153,7 +152,7 @@ def known_source(key: str, name: str, facts: Facts) -> None:
 
 def parent_label(source: str) -> str:
     """The label of the candidate that is a source as it is."""
-    return f"{PARENT}{source}"
+    return f"parent:{source}"
 
 
 def soup_rule(members: Mapping[str, float] | tuple[str, ...]) -> Rule:

@@ -12,8 +12,6 @@ from search.soups.plan import LearnSoup
 
 BASE_LABEL = "base"
 SEARCHED = "search"
-PARENT = "parent:"
-"""Before the name of a source in the label of the candidate that is it."""
 
 
 @dataclass(frozen=True)

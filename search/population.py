@@ -231,9 +231,7 @@ class Population:
         return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
-        # The base tells how hard every part is; parents measure others only where the objective says so.
-        measure = candidate.origin == BASE_LABEL or not self.coverage.rotates or self.objective.needs_parents
-        whole = candidate.learn is not None or (measure and len(self._candidates) <= len(self._space.sources))
+        whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
         optimizer: object = self._optimizer
         if self.coverage.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
             whole = whole or optimizer.wants_all_items()

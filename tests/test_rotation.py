@@ -179,9 +179,7 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
     origins = {e.candidate: e.origin for e in events if isinstance(e, Ask)}
     items = 3 * 48
-    assert [trials[id_].scored for id_, origin in origins.items() if origin == "base"] == [None]
-    # Three of the ten parts of 48 items, as the steps of the greedy soup that the parents decide over.
-    assert [trials[id_].scored for id_, origin in origins.items() if origin.startswith("parent:")] == [3 * 14] * 3
+    assert all(trials[id_].scored is None for id_, origin in origins.items() if origin.startswith(("parent:", "base")))
     spent = sum(trial.scored or items for trial in trials.values() if trial.attempts)
     assert spent < 60 * items / 4
     seen = {item for id_, trial in trials.items() if origins[id_] == "search" for item in trial.scores["cpp"].items}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from evaluators.base import Scores
-from search.candidate import PARENT, Candidate
+from search.candidate import Candidate
 from search.objective import Judgement, Objective
 from search.pool import Outcome
 from search.racing.fitness import Fitness, Role, Standing, censored_loss
@@ -163,6 +163,4 @@ def _standing(told: _Told, objective: Objective) -> Standing:
 
 
 def _role(candidate: Candidate) -> Role:
-    if candidate.genome is not None:
-        return "searched"
-    return "step" if candidate.step or candidate.origin.startswith(PARENT) else "baseline"
+    return "searched" if candidate.genome is not None else "step" if candidate.step else "baseline"

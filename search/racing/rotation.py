@@ -25,8 +25,7 @@ _TO_DECIDE = 0.25
 
 class Rotation(Fitness):
     """See `Fitness`. Candidates of generation 0 are all scored on the first part, so that they can be compared; what
-    decides inside a baseline is scored on more of them, as are parents, unless the objective is measured by these: then
-    they are scored on all items, as the base always is."""
+    decides inside a baseline is scored on more of them, parents and base on all items."""
 
     def __init__(self, config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> None:
         super().__init__(config, evaluators, seed, window)
