@@ -112,13 +112,13 @@ class Used:
         """What a history tells, and the files beside it.
 
         Args:
-            items: search items of a candidate; by default those of its first trial with scores.
+            items: search items of a candidate; by default those of the first trial with scores of all of them.
         """
         asks = [event for event in events if isinstance(event, Ask)]
         gpu_seconds = sum(gpu_seconds_of(e, sessions.gpus_at(i)) for i, e in enumerate(events) if isinstance(e, Trial))
         if items is None:
-            scored = (e for e in events if isinstance(e, Trial) and e.items == "search" and e.scores)
-            first = next(scored, None)
+            searched = (e for e in events if isinstance(e, Trial) and e.items == "search")
+            first = next((e for e in searched if e.scores and e.scored is None), None)
             items = sum(len(scores.items) for scores in first.scores.values()) if first else 0
         trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
         first_asks: dict[object, int] = {}

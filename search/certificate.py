@@ -32,8 +32,9 @@ class CertifyConfig(BaseModel):
     )
     random_search: bool = Field(
         False,
-        description="random search with as many item-evaluations as the search used, generation 0 of which it shares; "
-        "costs about as much as the search",
+        description="random search with as many item-evaluations as the search used, of which it shares generation 0, "
+        "or only parents and base where candidates were scored on parts of the items; costs about as much as the "
+        "search",
     )
     placebo: bool = Field(
         False,

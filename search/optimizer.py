@@ -69,6 +69,7 @@ class Result:
         metrics: `<evaluator>.<metric>` -> value; empty for a failure.
         parts: part of the items -> what was measured there, in the unit of the loss, but for a constant; the mean over
             all parts is the loss. Empty for a failure, and where the items are not cut into parts.
+        objective: the loss without regard to the constraints; 0 for a failure.
     """
 
     loss: float
@@ -78,6 +79,7 @@ class Result:
     scores: Mapping[str, Scores] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[int, float] = field(default_factory=dict)
+    objective: float = 0.0
 
 
 class Optimizer(Protocol):

@@ -163,7 +163,10 @@ class Population:
             return Result(loss)
         violation = self.objective.violation(metrics)
         parts = self.coverage.losses_of_parts(self.objective, metrics, scores)
-        return Result(loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics, parts)
+        value = self.objective.value(metrics)
+        return Result(
+            loss, self.objective.losses(metrics), violation, censored is not None, scores, metrics, parts, value
+        )
 
     def judge(self, metrics: Mapping[str, float] | None, censored: int | None = None) -> Judgement | None:
         """Loss and feasibility, or None while the parents that normalise them are not all told.

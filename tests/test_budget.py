@@ -11,6 +11,7 @@ import pytest
 from driving import content, search_in
 from landscape import SOURCES, Shuffled, population
 
+from evaluators.base import Scores
 from search.budget import (
     Budget,
     Spending,
@@ -249,3 +250,16 @@ def test_a_budget_that_allows_nothing_more_is_refused(changes: dict[str, object]
         refuse_useless(Budget(30).changed(changes), used, ended, ITEMS)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_items_are_counted_by_the_first_candidate_that_was_scored_on_all_of_them(tmp_path: Path) -> None:
+    def trial(candidate: int, count: int, scored: int | None) -> Trial:
+        rows = Scores(tuple(str(item) for item in range(count)), {"nll": np.ones(count)}, np.ones(count))
+        return Trial(candidate, "search", scores={"e": rows}, scored=scored, attempts=1)
+
+    events = [Ask(id_, "search", None, str(id_)) for id_ in range(3)] + [
+        trial(0, 4, 4),
+        trial(1, 40, None),
+        trial(2, 6, 6),
+    ]
+    assert Used.of(events, Sessions(tmp_path / "none")).item_evaluations == 50

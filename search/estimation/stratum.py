@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,9 +26,6 @@ class Model(Protocol):
 
     def predict(self, seen: Vector) -> Vector:
         """(n_items,) from (n_seen,)."""
-
-
-MakeModel = Callable[[Matrix, Vector], Model]
 
 
 @dataclass(frozen=True)

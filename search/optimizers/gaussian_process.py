@@ -36,6 +36,9 @@ _EXPLOIT = 4
 """Every so many candidates, the one that is held for the best is asked, and no more uncertain one."""
 _CAUTION = 0.4
 """Standard deviations by which a candidate must be sure to be held for the best."""
+_JUMP, _RATE = 0.1, 1.0
+"""Penalty, in standard deviations of the losses, of a candidate that violates constraints: at least, and for the
+greatest violation besides."""
 
 
 class GaussianProcessOptions(OptimizerOptions):
@@ -55,13 +58,17 @@ class GaussianProcessOptions(OptimizerOptions):
 @dataclass(frozen=True)
 class _Point:
     """Attributes:
-    parts: part -> loss; one that failed has none.
+    parts: part -> loss; one that failed or violates a constraint has none.
     whole: whether all parts are there.
+    violation: of the constraints; infinite for a failure.
+    objective: the loss of one that violates constraints, but for these.
     """
 
     place: Vector
     parts: Mapping[int, float]
     whole: bool
+    violation: float = 0.0
+    objective: float = 0.0
 
 
 class GaussianProcess:
@@ -74,7 +81,7 @@ class GaussianProcess:
         self._options = options if isinstance(options, GaussianProcessOptions) else GaussianProcessOptions()
         self._problem = problem
         self._random = np.random.Generator(np.random.PCG64(problem.seed))
-        self._radius = min(_FIRST * problem.step / math.sqrt(len(problem.start)), _LARGEST)
+        self._radius = self._first_radius = min(_FIRST * problem.step / math.sqrt(len(problem.start)), _LARGEST)
         self._points: list[_Point] = []
         self._suggested: deque[Vector] = deque()
         self._pending: list[Vector] = []
@@ -91,7 +98,7 @@ class GaussianProcess:
 
     def ask(self) -> Vector:
         self._asked += 1
-        if self._suggested or not any(point.parts for point in self._points):
+        if self._suggested or not self._known():
             self._whole = self._problem.parts == 1
             place = self._suggested.popleft() if self._suggested else self._near(self._problem.start)
             self._pending.append(place)
@@ -131,9 +138,23 @@ class GaussianProcess:
     def _take(self, point: Vector, result: Result) -> _Point:
         usable = result.loss < INFEASIBLE_LOSS
         parts = (result.parts or dict.fromkeys(range(self._problem.parts), result.loss)) if usable else {}
-        found = _Point(np.asarray(point, np.float64), parts, len(parts) == self._problem.parts)
+        violation = 0.0 if usable else result.violation or math.inf
+        if usable and not any(one.parts for one in self._points):
+            # From now on it is the loss that is learned, about genes too that no constraint asked for.
+            self._fitted, self._radius = 0, self._first_radius
+        found = _Point(
+            np.asarray(point, np.float64), parts, len(parts) == self._problem.parts, violation, result.objective
+        )
         self._points.append(found)
         return found
+
+    def _known(self) -> list[_Point]:
+        """What can be learned from: losses; before anything keeps the constraints, by how much they are violated."""
+        if found := [point for point in self._points if point.parts]:
+            return found
+        parts = range(self._problem.parts)
+        near = [point for point in self._points if math.isfinite(point.violation)]
+        return [_Point(point.place, dict.fromkeys(parts, point.violation), True) for point in near]
 
     def _next(self, explore: bool) -> tuple[Vector, bool]:
         """Where the lower confidence bound, or without exploration the prediction, is smallest; whether at the edge."""
@@ -182,7 +203,7 @@ class GaussianProcess:
 
     def _observed(self) -> tuple[Observed, Vector]:
         """What the surrogate learns from, and the points that were scored."""
-        points = [point for point in self._points if point.parts]
+        points = self._known()
         if len(points) > _MOST_POINTS:
             best = min((point for point in points if point.whole), key=_loss, default=points[-1])
             distance = np.array([np.abs(point.place - best.place).max() for point in points])
@@ -206,15 +227,20 @@ class GaussianProcess:
                 shares.append(np.eye(n_parts)[part])
                 losses.append(loss)
         values = _tamed(np.array(losses))
-        failed = [point.place for point in self._points if not point.parts][-_MOST_POINTS // 4 :]
-        for place in failed:  # as bad as the worst that is known
-            places.append(place)
+        worse = self._worse()
+        for point in worse:
+            places.append(point.place)
             shares.append(np.full(n_parts, 1 / n_parts))
-        values = np.concatenate([values, np.full(len(failed), values.max())])
         return (
-            Observed(2 * np.stack(places) - 1, np.stack(shares), values),
+            Observed(2 * np.stack(places) - 1, np.stack(shares), np.concatenate([values, _beyond(values, worse)])),
             np.stack([point.place for point in points]),
         )
+
+    def _worse(self) -> list[_Point]:
+        """The latest of those that are only known to be worse than the rest."""
+        feasible = any(point.parts for point in self._points)
+        worse = [point for point in self._points if not point.parts and (feasible or math.isinf(point.violation))]
+        return worse[-_MOST_POINTS // 4 :]
 
     def _with_pending(self, observed: Observed) -> Observed:
         """As if those in flight had come as predicted: the next one looks elsewhere (Ginsbourger et al. 2010)."""
@@ -229,6 +255,21 @@ class GaussianProcess:
 
 def _loss(point: _Point) -> float:
     return sum(point.parts.values()) / len(point.parts)
+
+
+def _beyond(values: Vector, worse: Sequence[_Point]) -> Vector:
+    """What is learned of those that are only known to be worse: of a failure the worst that is known; of one that
+    violates constraints its objective and a penalty that grows with the violation."""
+    violations = np.array([point.violation for point in worse])
+    failed = np.isinf(violations)
+    if failed.all():
+        return np.full(len(worse), values.max())
+    objectives = np.array([point.objective for point in worse])
+    unit = float(np.concatenate([values, objectives[~failed]]).std()) or 1.0
+    shares = violations[~failed] / violations[~failed].max()
+    found = np.full(len(worse), values.max())
+    found[~failed] = objectives[~failed] + unit * (_JUMP + _RATE * shares)
+    return found
 
 
 def _tamed(losses: Vector) -> Vector:

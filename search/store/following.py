@@ -25,7 +25,7 @@ class Follower:
         self.folder = folder
         self._known: dict[str, list[Event]] = {}
         self.search_items = 0
-        """Search items of a candidate, as in the first trial that has scores; 0 before there is one."""
+        """Search items of a candidate, as in the first trial that has scores of all; 0 before there is one."""
 
     def events(self) -> list[Event]:
         """What the history holds now. Changes nothing. Raises HistoryError."""
@@ -50,4 +50,6 @@ class Follower:
 
 
 def _has_search_scores(event: Event) -> bool:
-    return isinstance(event, Trial) and event.items == "search" and not event.failure_kind
+    if not isinstance(event, Trial) or event.items != "search":
+        return False
+    return not event.failure_kind and event.scored is None
