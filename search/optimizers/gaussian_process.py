@@ -88,7 +88,7 @@ class GaussianProcess:
         self._exploits: list[tuple[Vector, bool]] = []
         self._since = self._asked = self._fitted = 0
         self._surrogate = Surrogate(len(problem.start))
-        self._whole = False
+        self._whole = self._feasible = False
 
     def suggest(self, point: Vector) -> None:
         self._suggested.append(point)
@@ -135,23 +135,20 @@ class GaussianProcess:
         self._pending = _without(self._pending, point)
         self._take(point, result)
 
-    def _take(self, point: Vector, result: Result) -> _Point:
+    def _take(self, point: Vector, result: Result) -> None:
         usable = result.loss < INFEASIBLE_LOSS
         parts = (result.parts or dict.fromkeys(range(self._problem.parts), result.loss)) if usable else {}
         violation = 0.0 if usable else result.violation or math.inf
-        if usable and not any(one.parts for one in self._points):
+        if usable and not self._feasible:
             # From now on it is the loss that is learned, about genes too that no constraint asked for.
-            self._fitted, self._radius = 0, self._first_radius
-        found = _Point(
-            np.asarray(point, np.float64), parts, len(parts) == self._problem.parts, violation, result.objective
-        )
-        self._points.append(found)
-        return found
+            self._feasible, self._fitted, self._radius = True, 0, self._first_radius
+        whole = len(parts) == self._problem.parts
+        self._points.append(_Point(np.asarray(point, np.float64), parts, whole, violation, result.objective))
 
     def _known(self) -> list[_Point]:
         """What can be learned from: losses; before anything keeps the constraints, by how much they are violated."""
-        if found := [point for point in self._points if point.parts]:
-            return found
+        if self._feasible:
+            return [point for point in self._points if point.parts]
         parts = range(self._problem.parts)
         near = [point for point in self._points if math.isfinite(point.violation)]
         return [_Point(point.place, dict.fromkeys(parts, point.violation), True) for point in near]
@@ -238,8 +235,9 @@ class GaussianProcess:
 
     def _worse(self) -> list[_Point]:
         """The latest of those that are only known to be worse than the rest."""
-        feasible = any(point.parts for point in self._points)
-        worse = [point for point in self._points if not point.parts and (feasible or math.isinf(point.violation))]
+        worse = [point for point in self._points if not point.parts]
+        if not self._feasible:
+            worse = [point for point in worse if math.isinf(point.violation)]
         return worse[-_MOST_POINTS // 4 :]
 
     def _with_pending(self, observed: Observed) -> Observed:
