@@ -115,13 +115,13 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
             search = search.model_copy(update={"baselines": baselines, "baselines_only": True})
         case "random_search":
             if search.fitness.rotate:
-                # It needs no generation 0, which on all items would take what a search on parts has used.
+                # Parents take what they take in the search; baselines on all items would take what it has used.
                 search = search.model_copy(update={"baselines": ()})
             search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
             make_optimizer = optimizer_named(name)
         case "placebo":
             space = replace(space, models=placebo_models(setup))
-    if name != "placebo":  # nothing puts parts together, and who is compared with is to be as good as it can be
+    if name == "standard":  # who is compared with is to be as good as it can be
         search = search.model_copy(update={"fitness": search.fitness.model_copy(update={"rotate": False})})
     config = setup.config.model_copy(update={"search": search, "seed": derive_seed(setup.config.seed, "arm", name)})
     objective = main.population.objective
@@ -159,7 +159,7 @@ def _certified(driver: Driver, name: ArmName, finalists: int) -> tuple[Rival, ..
     if name != "random_search":  # which shares generation 0 with the search: its baselines have rows of their own
         entrants += baselines
     if name == "standard":
-        entrants = [c for c in entrants if c.origin != BASE_LABEL and not c.origin.startswith("parent:")]
+        entrants = [c for c in entrants if c.origin != BASE_LABEL and not c.is_parent]
     selected = {trial.candidate: trial for trial in driver.score(entrants, "select")}
     if name == "standard":
         chosen = best_of_families(driver, entrants, selected)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from evaluators.base import Evaluator
 from evaluators.registry import Registry
+from search.candidate import PARENT
 from search.errors import UserError, nearest
 from search.grouping import Group
 from search.objective import Term
@@ -152,7 +153,7 @@ def known_source(key: str, name: str, facts: Facts) -> None:
 
 def parent_label(source: str) -> str:
     """The label of the candidate that is a source as it is."""
-    return f"parent:{source}"
+    return f"{PARENT}{source}"
 
 
 def soup_rule(members: Mapping[str, float] | tuple[str, ...]) -> Rule:

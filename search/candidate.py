@@ -11,6 +11,8 @@ from search.recipe import Recipe
 from search.soups.plan import LearnSoup
 
 BASE_LABEL = "base"
+PARENT = "parent:"
+"""Before the name of a source: it alone, as a candidate."""
 SEARCHED = "search"
 
 
@@ -37,6 +39,11 @@ class Candidate:
     learn: LearnSoup | None = None
     known_hash: str | None = None
     race: Race | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether it is one source alone, of generation 0."""
+        return self.origin.startswith(PARENT)
 
     @cached_property
     def recipe_hash(self) -> str:

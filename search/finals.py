@@ -205,7 +205,7 @@ def _verdict(
         rows.append(row)
     candidates = driver.population.candidates
     sources, found = (
-        sum(c.origin.startswith("parent:") for c in candidates),
+        sum(c.is_parent for c in candidates),
         any(c.origin == SEARCHED for c in candidates),
     )
     return Verdict(

@@ -73,6 +73,8 @@ class Population:
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
         self.coverage = Coverage(fitness)
+        # Scales that everything is measured with are not to be rough.
+        self._shares_parents = self.coverage.shares_parents and not objective.needs_parents
         known = Generation0(
             space.sources,
             self._loss_of_label,
@@ -146,7 +148,7 @@ class Population:
             if found:
                 self.objective = self.objective.against(found)
         asked = self._candidates[candidate]
-        parent = asked.origin == BASE_LABEL or candidate in self._parent_ids()
+        parent = asked.origin == BASE_LABEL or asked.is_parent
         self.coverage.tell(asked, self.objective, metrics, scores or {}, censored=censored, parent=parent)
         if self._optimizer is not None and asked.genome is not None:
             result = self._result(metrics, scores or {}, asked if censored else None)
@@ -209,10 +211,14 @@ class Population:
 
     def _parents(self) -> Iterator[Proposal | None]:
         sources = self._space.sources
+        base = Proposal(BASE_LABEL, soup_rule((BASE_LABEL,)), dict.fromkeys(sources, 0.0))
+        if self._shares_parents:
+            yield base  # what is known of it on all items is what parts of them are completed with
         for source in sources:
             weights = {other: float(other == source) for other in sources}
             yield Proposal(parent_label(source), soup_rule((source,)), weights)
-        yield Proposal(BASE_LABEL, soup_rule((BASE_LABEL,)), dict.fromkeys(sources, 0.0))
+        if not self._shares_parents:
+            yield base
 
     def _next_proposal(self) -> Proposal | None:
         for generator in list(self._waiting):
@@ -234,10 +240,12 @@ class Population:
         return self._add(Candidate(id_, proposal.label, recipe, step=proposal.step, learn=proposal.learn))
 
     def _add(self, candidate: Candidate) -> Candidate:
-        whole = candidate.learn is not None or len(self._candidates) <= len(self._space.sources)
+        whole = candidate.learn is not None or candidate.origin == BASE_LABEL
         optimizer: object = self._optimizer
-        if self.coverage.rotates and candidate.genome is not None and isinstance(optimizer, PoolsParts):
-            whole = whole or optimizer.wants_all_items()
+        if candidate.is_parent:
+            whole = not self._shares_parents
+        elif self.coverage.rotates and candidate.genome is not None:
+            whole = not isinstance(optimizer, PoolsParts) or optimizer.wants_all_items()
         candidate = self.coverage.assigned(candidate, self.objective, whole=whole)
         self._candidates.append(candidate)
         return candidate

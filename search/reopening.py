@@ -34,6 +34,7 @@ def load_setup(
     config = relocated(manifest, str(folder.config), Places(tuple(dict.fromkeys(known)), then, now, watcher.line))
     config["cluster"] = _changed_cluster(config["cluster"], changes or {})
     config["search"]["baselines"] = [_baseline_then(entry) for entry in config["search"]["baselines"]]
+    config["search"].setdefault("fitness", {}).setdefault("parents", 1.0)  # they had all items
     config["tracking"] = known_trackers(config.get("tracking", []), watcher.line)
     source = YamlSource(yaml.safe_dump(config, sort_keys=False), str(folder.config))
     setup = check(parse_config(source, folder.path), report=watcher.line, begun=True)

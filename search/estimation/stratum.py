@@ -85,7 +85,7 @@ class Stratum:
     def _column(self, seen: Vector, weights: Vector, metric: int, begin: int) -> tuple[float, Vector]:
         count = len(seen)
         plain = float(weights @ seen / weights.sum())
-        if self._estimate == "none" or self.weights is None or len(self._parents) + len(self._others) < 2:
+        if self._estimate == "none" or self.weights is None:
             return plain, seen - plain
         if begin:
             everyone = np.roll(self._known(metric), -begin, axis=1)

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evaluators.base import ItemPool
+from search.candidate import PARENT
 from search.objective import Objective
 from search.pareto.dominance import Losses, front
 from search.pareto.hypervolume import hypervolume, reference_point
 from search.store.events import Trial
-
-PARENT = "parent:"
-"""How the origin of a parent starts."""
 
 
 @dataclass(frozen=True)

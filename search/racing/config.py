@@ -46,6 +46,13 @@ class FitnessConfig(BaseModel):
         description="fewest items per evaluator in racing; evaluators with at most so many are always scored whole. "
         "A part of rotate has fewer, at least 3",
     )
+    parents: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="share of the search items on which rotate scores each parent; the base is scored on all items, "
+        "and so are parents where the objective is measured by theirs",
+    )
     growth: float = Field(
         1.5, gt=1, le=100, allow_inf_nan=False, description="factor between one number of items and the next one"
     )

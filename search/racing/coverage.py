@@ -52,6 +52,11 @@ class Coverage:
         return self.parts > 1
 
     @property
+    def shares_parents(self) -> bool:
+        """Whether parts are enough for parents too; the base has all items, and comes first."""
+        return self._fitness is not None and self._fitness.shares_parents
+
+    @property
     def items_spent(self) -> tuple[int, int] | None:
         """Search items scored, with the most that those in flight take, and the most that one more takes.
 
@@ -163,4 +168,6 @@ def _standing(told: _Told, objective: Objective) -> Standing:
 
 
 def _role(candidate: Candidate) -> Role:
-    return "searched" if candidate.genome is not None else "step" if candidate.step else "baseline"
+    if candidate.genome is not None:
+        return "searched"
+    return "parent" if candidate.is_parent else "step" if candidate.step else "baseline"

@@ -24,8 +24,9 @@ from search.racing.race import Race, Reference
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-Role = Literal["baseline", "step", "searched"]
-"""What a candidate is: of generation 0, an attempt by which one of generation 0 decides, or of the optimiser."""
+Role = Literal["baseline", "step", "parent", "searched"]
+"""What a candidate is: of generation 0, an attempt by which one of generation 0 decides, a parent, or of the
+optimiser."""
 
 CAUTION = 1.0
 """A candidate is as good as its estimate and so many standard errors, where the best is looked for."""
@@ -96,6 +97,11 @@ class Fitness:
     def parts(self) -> int:
         """Into how many parts the items are cut, each of which is enough for a candidate."""
         return 1
+
+    @property
+    def shares_parents(self) -> bool:
+        """Whether parts are enough for parents too; the base has all items, and comes first."""
+        return False
 
     def losses_of_parts(
         self, objective: Objective, metrics: Mapping[str, float], scores: Mapping[str, Scores]

@@ -25,7 +25,7 @@ _TO_DECIDE = 0.25
 
 class Rotation(Fitness):
     """See `Fitness`. Candidates of generation 0 are all scored on the first part, so that they can be compared; what
-    decides inside a baseline is scored on more of them, parents and base on all items."""
+    decides inside a baseline, and the parents, are scored on more of them, the base on all items."""
 
     def __init__(self, config: FitnessConfig, evaluators: Mapping[str, Evaluator], seed: int, window: int) -> None:
         super().__init__(config, evaluators, seed, window)
@@ -41,6 +41,10 @@ class Rotation(Fitness):
         return self._parts
 
     @property
+    def shares_parents(self) -> bool:
+        return self._parts > 1 and self._config.parents < 1
+
+    @property
     def next_items(self) -> int:
         return sum(self._totals.values())
 
@@ -52,8 +56,9 @@ class Rotation(Fitness):
             if not self._turn:
                 self._turn = self._random.permutation(self._parts).tolist()
             part = last = self._turn.pop()
-        elif role == "step":
-            last = int(_TO_DECIDE * self._parts)
+        elif role != "baseline":
+            share = self._config.parents if role == "parent" else _TO_DECIDE
+            last = min(int(share * self._parts), self._parts - 1)
         edges = {name: (self._edges(name, part)[0], self._edges(name, last)[1]) for name in self._totals}
         sizes = {name: end - begin for name, (begin, end) in edges.items()}
         return Race((sizes,), begin={name: begin for name, (begin, _) in edges.items()})
