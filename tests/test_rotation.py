@@ -179,7 +179,9 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
     origins = {e.candidate: e.origin for e in events if isinstance(e, Ask)}
     items = 3 * 48
-    assert all(trials[id_].scored is None for id_, origin in origins.items() if origin.startswith(("parent:", "base")))
+    scored = {origin: trials[id_].scored for id_, origin in origins.items()}
+    parents = {count for origin, count in scored.items() if origin.startswith("parent:")}
+    assert scored["base"] is None and parents == {3 * (48 * 3 // 10)}, "parts 0, 1 and 2 of ten"
     spent = sum(trial.scored or items for trial in trials.values() if trial.attempts)
     assert spent < 60 * items / 4
     seen = {item for id_, trial in trials.items() if origins[id_] == "search" for item in trial.scores["cpp"].items}
@@ -220,9 +222,11 @@ def test_random_search_spends_on_merges_of_its_own_what_a_search_on_parts_spent(
     items, none = 3 * 48, Sessions(tmp_path / "none")
     spent = Used.of(finished.folder.events(), none, items).item_evaluations
     assert spent - items < Used.of(events, none, items).item_evaluations <= spent
-    assert origins.count("search") == spent // items - 4, "all but what the parents and the base take"
     trials = [event for event in events if isinstance(event, Trial)]
-    assert all(trial.scored is None for trial in trials)
+    on_parts = {origins[trial.candidate] for trial in trials if trial.scored is not None}
+    assert on_parts == {origin for origin in origins if origin.startswith("parent:")}, "as in the search"
+    parents = sum(trial.scored or 0 for trial in trials)
+    assert origins.count("search") == (spent - items - parents) // items, "all but what parents and base take"
     assert {trial.items for trial in trials} == {"search", "select", "certify"}
     with History.open(finished.folder.arms / "standard" / "history", writable=False) as history:
         tuned = [event for event in history.events() if isinstance(event, Trial)]
@@ -285,3 +289,33 @@ def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(rotating_config | change))
         assert not check(load_config(file)).config.search.fitness.rotate
+
+
+def test_parents_have_all_items_where_the_objective_is_measured_by_theirs(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rotating_config["objectives"]["normalize"] = "parents"
+    rotating_config["search"]["budget"] = 6
+    events = start(checked(rotating_config, tmp_path), pool_of(1), Quiet()).folder.events()
+    parents = [e.candidate for e in events if isinstance(e, Ask) and e.origin.startswith("parent:")]
+    scored = {e.candidate: e.scored for e in events if isinstance(e, Trial) and e.items == "search"}
+    assert [scored[id_] for id_ in parents] == [None] * 3
+
+
+def test_parents_scored_on_a_share_are_completed_by_how_they_differ_from_the_base(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rotating_config["search"]["budget"] = 6
+    setup = checked(rotating_config, tmp_path)
+    events = start(setup, pool_of(1), Quiet()).folder.events()
+    parents = [e.candidate for e in events if isinstance(e, Ask) and e.origin.startswith("parent:")]
+    trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
+    base = next(trials[e.candidate] for e in events if isinstance(e, Ask) and e.origin == "base")
+    for id_ in parents:
+        for name, seen in trials[id_].scores.items():
+            everything = base.scores[name]
+            there = [everything.items.index(item) for item in seen.items]
+            weights = np.asarray(seen.weights)
+            differs = np.average(seen.values["nll"] - everything.values["nll"][there], weights=weights)
+            exact = np.average(everything.values["nll"], weights=everything.weights) + differs
+            assert trials[id_].metrics[f"{name}.nll"] == pytest.approx(exact, rel=1e-5)
