@@ -117,9 +117,8 @@ class Used:
         asks = [event for event in events if isinstance(event, Ask)]
         gpu_seconds = sum(gpu_seconds_of(e, sessions.gpus_at(i)) for i, e in enumerate(events) if isinstance(e, Trial))
         if items is None:
-            searched = (e for e in events if isinstance(e, Trial) and e.items == "search")
-            first = next((e for e in searched if e.scores and e.scored is None), None)
-            items = sum(len(scores.items) for scores in first.scores.values()) if first else 0
+            whole = (e.scores for e in events if isinstance(e, Trial) and e.has_all_search_items)
+            items = sum(len(scores.items) for scores in next(whole, {}).values())
         trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
         first_asks: dict[object, int] = {}
         begun: set[str] = set()

@@ -181,7 +181,8 @@ def test_a_search_on_parts_takes_few_items_and_its_finalists_are_those_held_for_
     items = 3 * 48
     scored = {origin: trials[id_].scored for id_, origin in origins.items()}
     parents = {count for origin, count in scored.items() if origin.startswith("parent:")}
-    assert scored["base"] is None and parents == {3 * (48 * 3 // 10)}, "parts 0, 1 and 2 of ten"
+    assert scored["base"] is None
+    assert parents == {3 * (48 * 3 // 10)}, "parts 0, 1 and 2 of ten"
     spent = sum(trial.scored or items for trial in trials.values() if trial.attempts)
     assert spent < 60 * items / 4
     seen = {item for id_, trial in trials.items() if origins[id_] == "search" for item in trial.scores["cpp"].items}

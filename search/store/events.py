@@ -118,6 +118,11 @@ class Trial(Recorded):
     censored: bool = False
     scored: int | None = None
 
+    @property
+    def has_all_search_items(self) -> bool:
+        """Whether it was scored on every search item."""
+        return self.items == "search" and not self.failure_kind and self.scored is None
+
     def deterministic(self) -> Content:
         return (
             "trial",

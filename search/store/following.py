@@ -50,6 +50,4 @@ class Follower:
 
 
 def _has_search_scores(event: Event) -> bool:
-    if not isinstance(event, Trial) or event.items != "search":
-        return False
-    return not event.failure_kind and event.scored is None
+    return isinstance(event, Trial) and event.has_all_search_items
