@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from search.replay import replay_ordered
 from search.run import make_population, start
 from search.setup import Setup, check
 from search.store.run_folder import RunFolder
+from search.store.sessions import Sessions
 from search.worker_plan import worker_plan
 
 
@@ -41,6 +41,7 @@ class Curve:
         quality: candidate -> what it is worth on items that no search saw; smaller is better.
         items: item-evaluations in all.
         candidates: how many were asked for.
+        seconds: of the search alone, as the run recorded them.
     """
 
     method: str
@@ -119,7 +120,6 @@ def search(config: dict[str, Any], method: Method, seed: int, results: Path) -> 
 def table_curve(landscape_name: str, method: Method, seed: int, budget: int, folder: Path) -> Curve | str:
     """A search on a landscape, whose quality is known at every point."""
     landscape = load(landscape_name)
-    began = time.perf_counter()
     models = models_for(landscape_name, landscape, folder / "models")
     config = table_config(landscape_name, landscape, models, budget)
     run = search(config, method, seed, folder / "tables" / Path(landscape_name).stem)
@@ -127,16 +127,14 @@ def table_curve(landscape_name: str, method: Method, seed: int, budget: int, fol
         return run
     setup, seen = _replayed(run, method)
     found = _live_models(setup, seen, lambda model: quality(landscape, point_of(model, landscape)))
-    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, time.perf_counter() - began)
+    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, _seconds(run))
 
 
 def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) -> Curve | str:
     """A search on real models; the best known candidates are then scored on the certify items."""
-    began = time.perf_counter()
     run = search(config, method, seed, folder)
     if isinstance(run, str):
         return run
-    seconds = time.perf_counter() - began
     setup, seen = _replayed(run, method)
     known = _certified_file(folder, method, seed)
     if known.exists():
@@ -144,7 +142,11 @@ def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) 
     else:
         found = _certified(setup, seen)
         known.write_text(json.dumps(found))
-    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, seconds)
+    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, _seconds(run))
+
+
+def _seconds(run: RunFolder) -> float:
+    return Sessions(run.sessions).search_seconds
 
 
 def _certified_file(results: Path, method: Method, seed: int) -> Path:
