@@ -73,8 +73,6 @@ class Population:
         self._weights: dict[int, Mapping[str, float]] = {}
         self._baselines_only = baselines_only
         self.coverage = Coverage(fitness)
-        # Scales that everything is measured with are not to be rough.
-        self._shares_parents = self.coverage.shares_parents and not objective.needs_parents
         known = Generation0(
             space.sources,
             self._loss_of_label,
@@ -212,12 +210,12 @@ class Population:
     def _parents(self) -> Iterator[Proposal | None]:
         sources = self._space.sources
         base = Proposal(BASE_LABEL, soup_rule((BASE_LABEL,)), dict.fromkeys(sources, 0.0))
-        if self._shares_parents:
+        if self.coverage.shares_parents:
             yield base  # what is known of it on all items is what parts of them are completed with
         for source in sources:
             weights = {other: float(other == source) for other in sources}
             yield Proposal(parent_label(source), soup_rule((source,)), weights)
-        if not self._shares_parents:
+        if not self.coverage.shares_parents:
             yield base
 
     def _next_proposal(self) -> Proposal | None:
@@ -243,7 +241,7 @@ class Population:
         whole = candidate.learn is not None or candidate.origin == BASE_LABEL
         optimizer: object = self._optimizer
         if candidate.is_parent:
-            whole = not self._shares_parents
+            whole = not self.coverage.shares_parents
         elif self.coverage.rotates and candidate.genome is not None:
             whole = not isinstance(optimizer, PoolsParts) or optimizer.wants_all_items()
         candidate = self.coverage.assigned(candidate, self.objective, whole=whole)

@@ -27,7 +27,8 @@ from search.objective import Objective, make_objective
 from search.optimizer import OPTIMIZERS, MakeOptimizer, Problem, options_class
 from search.optimizers import optimizer_named
 from search.paths.stages import in_two_stages, two_problems
-from search.racing.choice import estimate_faults, rotate_faults, rotates
+from search.racing.choice import estimate_faults, resolved_fitness, rotate_faults
+from search.racing.config import FitnessConfig
 from search.recipe import ModelRef
 from search.run_log import emit
 from search.section_checks import check_budget, check_gpus, check_metrics, metrics_of
@@ -173,7 +174,7 @@ def check(
     assert make_optimizer is not None
     return Setup(
         config=_absolute(
-            loaded, checkpoints, evaluators, baselines, optimizer, rotates(config, optimizer.name, metrics)
+            loaded, checkpoints, evaluators, baselines, optimizer, resolved_fitness(config, optimizer.name, metrics)
         ),
         checkpoints=checkpoints,
         models=models,
@@ -280,7 +281,7 @@ def _absolute(
     evaluators: Mapping[str, Evaluator],
     baselines: Mapping[str, BaselineOptions],
     optimizer: OptimizerConfig,
-    rotate: bool,
+    fitness: FitnessConfig,
 ) -> Config:
     """The config with every path absolute and all options, so that the run folder is enough to go on from anywhere."""
     data: dict[str, Any] = loaded.config.model_dump(mode="json")
@@ -296,7 +297,7 @@ def _absolute(
     data["search"]["baselines"] = [{name: made.model_dump(mode="json")} for name, made in baselines.items()]
     options = options_class(optimizer.name).model_validate(optimizer.options).model_dump(mode="json")
     data["search"]["optimizer"] = {"name": optimizer.name, "step": optimizer.step, **options}
-    data["search"]["fitness"]["rotate"] = rotate
+    data["search"]["fitness"] = fitness.model_dump(mode="json")
     data["tracking"] = complete_options(loaded.config.tracking)
     # What a command writes goes where the user stands, what it reads is found from the config.
     if not is_url(loaded.config.results):

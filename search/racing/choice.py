@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from evaluators.base import Metric
 from search.config import Config
@@ -53,12 +54,20 @@ def rotate_faults(
         )
 
 
-def rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bool:
-    """Whether candidates are scored on parts of the items; where the config leaves it open, if that serves it.
+def resolved_fitness(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> FitnessConfig:
+    """`search.fitness` with what the rest of the config decides.
 
     Args:
         optimizer: its name, once `auto` is resolved.
     """
+    found: dict[str, Any] = {"rotate": _rotates(config, optimizer, metrics)}
+    if config.objectives.normalize == "parents":
+        found["parents"] = 1.0  # the scale that everything is measured with is not to be rough
+    return config.search.fitness.model_copy(update=found)
+
+
+def _rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bool:
+    """Whether candidates are scored on parts of the items; where the config leaves it open, if that serves it."""
     fitness = config.search.fitness
     if fitness.rotate is not None:
         return fitness.rotate

@@ -31,8 +31,9 @@ class FitnessConfig(BaseModel):
     estimate: Estimate = Field(
         "auto",
         description="how scores of a subset, or of a part, become metrics of all items. none: the mean of the subset; "
-        "control_variate: regression on what parents and fully scored candidates did; p_irt, gp_irt: item-response "
-        "models of 0/1 scores, not with rotate; auto: control_variate, which was the best of them in simulations",
+        "control_variate: regression on what candidates did that have all items, as the base has; p_irt, gp_irt: "
+        "item-response models of 0/1 scores, not with rotate; auto: control_variate, which was the best of them in "
+        "simulations",
     )
     first: float = Field(
         0.05,
@@ -50,8 +51,8 @@ class FitnessConfig(BaseModel):
         0.25,
         gt=0,
         le=1,
-        description="share of the search items on which rotate scores each parent; the base is scored on all items, "
-        "and so are parents where the objective is measured by theirs",
+        description="share of the search items on which rotate scores each parent, the base is scored on all; always 1 "
+        "where objectives.normalize measures everything by the parents",
     )
     growth: float = Field(
         1.5, gt=1, le=100, allow_inf_nan=False, description="factor between one number of items and the next one"

@@ -53,7 +53,7 @@ class Coverage:
 
     @property
     def shares_parents(self) -> bool:
-        """Whether parts are enough for parents too; the base has all items, and comes first."""
+        """Whether parts are enough for parents too; the base, which has all items, then comes first."""
         return self._fitness is not None and self._fitness.shares_parents
 
     @property

@@ -100,7 +100,7 @@ class Fitness:
 
     @property
     def shares_parents(self) -> bool:
-        """Whether parts are enough for parents too; the base has all items, and comes first."""
+        """Whether parts are enough for parents too; the base, which has all items, then comes first."""
         return False
 
     def losses_of_parts(
