@@ -2,9 +2,9 @@
 
 An arm has a folder `arms/<name>` in that of the run, with a history and a spool of its own, and the same driver,
 workers, window and limits of trials as the main search; its seed derives from that of the run. It may use as many
-item-evaluations as the main search did. What the main history knows of a recipe is taken over, so generation 0 is
-evaluated once. Its best candidate is chosen on the select items and scored once on the certify items, all in its own
-history: that of the run stays what it is, however many arms there are, and an arm that is killed goes on exactly.
+item-evaluations as the main search did. What the main history knows of a recipe on the same items is taken over. Its
+best candidate is chosen on the select items and scored once on the certify items, all in its own history: that of the
+run stays what it is, however many arms there are, and an arm that is killed goes on exactly.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def arm_setup(setup: Setup, name: ArmName, main: Driver) -> Setup:
             search = search.model_copy(update={"baselines": baselines, "baselines_only": True})
         case "random_search":
             if search.fitness.rotate:
-                # Parents take what they take in the search; baselines on all items would take what it has used.
+                # Parents and base are those of the search; what it has used goes into merges on all items.
                 search = search.model_copy(update={"baselines": ()})
             search = search.model_copy(update={"optimizer": OptimizerConfig(name=name)})
             make_optimizer = optimizer_named(name)

@@ -28,7 +28,8 @@ class CertifyConfig(BaseModel):
     standard: bool = Field(
         False,
         description="the standard merges that generation 0 did not have, out of 0.5 blend, uniform and greedy soup, "
-        "task arithmetic, SLERP, TIES and DARE-TIES; costs their evaluations",
+        "task arithmetic, SLERP, TIES and DARE-TIES; costs their evaluations, and those of parents that the search "
+        "scored on some of the items",
     )
     random_search: bool = Field(
         False,

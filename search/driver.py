@@ -302,7 +302,7 @@ class Driver:
 
     def _refuse_without_parents(self) -> None:
         if self.population.parents_failed():
-            first = self.trials[0, "search"]
+            first = next(self.trials[one.id, "search"] for one in self.population.candidates if one.is_parent)
             raise RunError(
                 f"no parent could be evaluated, so nothing can be compared with them: {first.failure_message}"
             )

@@ -425,7 +425,10 @@ def export_trial(
 
 
 def _best_so_far(trials: Mapping[Key, Trial], population: Population, folder: RunFolder) -> int:
-    usable = [t for t in trials.values() if t.items == "search" and may_be_best(t, population.coverage.rotates)]
+    usable = [t for t in trials.values() if t.items == "search" and may_be_best(t)]
     if not usable:
-        raise UserError(f"run {folder.name} has no feasible trial on all search items yet; name one with --trial")
+        raise UserError(f"run {folder.name} has no feasible trial on the search items yet; name one with --trial")
+    searched = {t.candidate: t.loss or 0.0 for t in usable if population.candidate(t.candidate).genome is not None}
+    if searched and population.coverage.rotates:
+        return population.ranked(searched)[0]
     return min(usable, key=lambda t: (population.coverage.cautious(t.candidate, t.loss or 0.0), t.candidate)).candidate

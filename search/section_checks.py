@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from evaluators.base import Evaluator, Metric
@@ -23,11 +24,15 @@ def check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: Fa
         )
     items = config.search.limits.item_evaluations
     if items is not None:
-        needed = smallest * sum(len(evaluator.items("search")) for evaluator in evaluators.values())
+        total = sum(len(evaluator.items("search")) for evaluator in evaluators.values())
+        # In a search on parts that of parents may be smaller, and the merge takes next to nothing.
+        on_parts = config.search.fitness.rotate is not False and config.objectives.normalize == "none"
+        share = config.search.fitness.parents if on_parts else 1.0
+        needed = math.ceil((1 + len(config.models.sources) * share + (not on_parts)) * total)
         if items < needed:
             faults.add(
                 ("search", "limits", "item_evaluations"),
-                f"{items} is too small; every parent, the base and one merge take {needed} search items",
+                f"{items} is too small; every parent, the base and one merge take {needed} search items or more",
             )
 
 

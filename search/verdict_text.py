@@ -22,8 +22,8 @@ def notes(verdict: Verdict) -> list[str]:
     if verdict.arms:
         parts = [f"{_WHAT.get(arm.name, arm.name)}, {arm.item_evaluations:,} item-evaluations" for arm in verdict.arms]
         found.append(
-            f"Compared beside generation 0: {'; '.join(parts)}. What they share with the search (parents and "
-            "base, and generation 0 where all of it was scored on all items) is counted in each, and evaluated once."
+            f"Compared beside generation 0: {'; '.join(parts)}. What they share with the search, such as "
+            "the base, is counted in each, and evaluated once."
         )
     if any(row.effect is not None for row in verdict.rows):
         found.append(

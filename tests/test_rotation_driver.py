@@ -8,11 +8,13 @@ from typing import Any
 
 import driving
 import pytest
-from landscape import population
+from landscape import SOURCES, population
 from racing_landscape import ITEMS, SEED, TABLE, WINDOW, Racing
 
 from search.budget import Budget, Spending, Used, limit_in_force
 from search.driver import Limits
+from search.errors import RunError
+from search.pool import Failure, Job, Outcome
 from search.racing.config import FitnessConfig
 from search.racing.kinds import make_fitness
 from search.replay import replay_ordered
@@ -29,6 +31,7 @@ def drive(
     stop_after: int | None = None,
     most_items: int | None = None,
     fitness: dict[str, Any] | None = None,
+    normalize: str = "none",
     extended: bool = False,
 ) -> list[Event]:
     config = FitnessConfig.model_validate(fitness or {"rotate": True})
@@ -36,7 +39,7 @@ def drive(
     return driving.search_in(
         folder,
         pool,
-        population(100, WINDOW, "parents", "gaussian_process", fitness=made),
+        population(100, WINDOW, normalize, "gaussian_process", fitness=made),
         Limits(budget, WINDOW, ordered),
         spending=Spending(Budget(budget, most_items), ITEMS),
         extended_to=Budget(budget, most_items) if extended else None,
@@ -68,14 +71,31 @@ def test_the_history_is_the_same_after_every_stop_with_failures_on_any_number_of
         assert content(drive(folder, Racing(4, 50 + number))) == content(whole)
 
 
-def test_parents_by_which_an_objective_is_measured_are_scored_on_all_items(whole: list[Event]) -> None:
-    parents = {event.candidate for event in whole if isinstance(event, Ask) and event.origin.startswith("parent:")}
-    assert parents
-    assert all(e.scored is None for e in whole if isinstance(e, Trial) and e.candidate in parents)
+def test_the_base_comes_first_and_parents_have_a_share_of_the_items(whole: list[Event]) -> None:
+    first, *parents = [event for event in whole if isinstance(event, Ask)][:4]
+    assert [first.origin, *(ask.origin for ask in parents)] == ["base", "parent:a", "parent:b", "parent:c"]
+    scored = {event.candidate: event.scored for event in whole if isinstance(event, Trial)}
+    assert scored[first.candidate] is None
+    assert {scored[ask.candidate] for ask in parents} == {0.3 * ITEMS}
 
 
-def test_what_is_expected_is_in_the_unit_of_the_loss(whole: list[Event]) -> None:
-    made = make_fitness(FitnessConfig(rotate=True), {"e": TABLE}, SEED, WINDOW, front=False)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_that_no_parent_can_be_evaluated_is_said_with_the_reason(tmp_path: Path, ordered: bool) -> None:
+    class NoParents(Racing):
+        def _counted(self, job: Job) -> Outcome:
+            (parent, *others) = job.recipe.rules[0].sources
+            if parent in SOURCES and not others:
+                return Outcome(job.candidate, job.items, failure=Failure("error", f"{parent} is broken"))
+            return super()._counted(job)
+
+    with pytest.raises(RunError, match=r"no parent could be evaluated.*: a is broken"):
+        drive(tmp_path, NoParents(3, 1), ordered=ordered)
+
+
+def test_what_is_expected_is_in_the_unit_of_the_loss(tmp_path: Path) -> None:
+    fitness = {"rotate": True, "parents": 1}
+    whole = drive(tmp_path, Racing(1, 0), fitness=fitness, normalize="parents")
+    made = make_fitness(FitnessConfig.model_validate(fitness), {"e": TABLE}, SEED, WINDOW, front=False)
     told = population(100, WINDOW, "parents", "gaussian_process", fitness=made)
     assert not replay_ordered(whole, told, WINDOW)
     complete = {t.candidate: t.loss for t in searched(whole) if t.scored is None and not t.failure_kind}

@@ -32,9 +32,11 @@ def command(model: str, config: Path, items: str, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table(title=f"{model} on the {items} items", title_justify="left")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in sorted(metrics.items()):
         table.add_row(name, f"{value:.6g}")
+    # No title, which would be broken where the table ends: a path is to be copied.
+    out().print(f"{model} on the {items} items", markup=False, highlight=False, soft_wrap=True)
     out().print(table)

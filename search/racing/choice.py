@@ -61,8 +61,9 @@ def resolved_fitness(config: Config, optimizer: str, metrics: Mapping[str, Metri
         optimizer: its name, once `auto` is resolved.
     """
     found: dict[str, Any] = {"rotate": _rotates(config, optimizer, metrics)}
-    if config.objectives.normalize == "parents":
-        found["parents"] = 1.0  # the scale that everything is measured with is not to be rough
+    # The scale that everything is measured with is not to be rough, and what comes before the base cannot be completed.
+    if config.objectives.normalize == "parents" or config.search.order == "arrival":
+        found["parents"] = 1.0
     return config.search.fitness.model_copy(update=found)
 
 

@@ -51,8 +51,9 @@ class FitnessConfig(BaseModel):
         0.25,
         gt=0,
         le=1,
-        description="share of the search items on which rotate scores each parent, the base is scored on all; always 1 "
-        "where objectives.normalize measures everything by the parents",
+        description="rotate scores each parent on the fewest parts that are more than this share of the search items, "
+        "the base on all; always 1 where objectives.normalize measures everything by the parents, and in order of "
+        "arrival",
     )
     growth: float = Field(
         1.5, gt=1, le=100, allow_inf_nan=False, description="factor between one number of items and the next one"
