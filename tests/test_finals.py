@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from landscape import Shuffled, population
+from landscape import Landscape, Shuffled, population
 from unscored import Unscored
 
+from evaluators.base import ItemPool, Scores
 from search.config import Constraint
 from search.driver import Driver, Limits
 from search.errors import RunError
 from search.finals import finish
+from search.pool import Job, Outcome
 from search.store.events import End
 from search.store.history import History
 from search.store.spool import Spool
@@ -30,11 +34,28 @@ class Known(Unscored):
 
 
 def search(
-    folder: Path, *, budget: int = 100, documents: int = 20, constraints: tuple[Constraint, ...] = ()
+    folder: Path,
+    *,
+    budget: int = 100,
+    documents: int = 20,
+    constraints: tuple[Constraint, ...] = (),
+    harm: Mapping[ItemPool, float] | None = None,
 ) -> tuple[Verdict, Driver]:
+    """`harm`: by how much merges of the optimiser are worse on the items of a pool than they are elsewhere."""
     with History.open(folder / "history") as history:
         made = population(budget=budget, constraints=constraints)
-        driver = Driver(made, history, Spool(folder / "spool"), lambda: Shuffled(1, 0), Limits(budget, 4))
+
+        def body(job: Job) -> Outcome:
+            outcome = Landscape().run(job)
+            more = (harm or {}).get(job.items, 0.0) if made.candidate(job.candidate).genome is not None else 0.0
+            if not more or outcome.failure:
+                return outcome
+            block = outcome.scores["e"]
+            losses = block.values["loss"] + more
+            scores = {"e": Scores(block.items, {"loss": losses}, block.weights)}
+            return replace(outcome, scores=scores, metrics={"e.loss": float(losses.mean())})
+
+        driver = Driver(made, history, Spool(folder / "spool"), lambda: Shuffled(1, 0, body), Limits(budget, 4))
         driver.search()
         verdict = finish(driver, {"e": Known(documents)}, finalists=4, seed=0)
         ends = [event for event in history.events() if isinstance(event, End)]
@@ -70,6 +91,33 @@ def test_few_documents_prove_nothing(tmp_path: Path) -> None:
     verdict, _ = search(tmp_path, documents=3)
     assert not verdict.proven
     assert "3 certify document(s) prove nothing" in verdict.sentence()
+
+
+def test_a_merge_that_is_behind_on_the_certify_items_is_said_not_to_beat_those_before_it(tmp_path: Path) -> None:
+    verdict, _ = search(tmp_path, harm={"certify": 0.05})
+    winner = verdict.rows[-1]
+    ahead = [row.label for row in verdict.rows[:-1] if row.value <= winner.value]
+    assert winner.candidate == verdict.winner
+    assert 0 < len(ahead) < len(verdict.rows) - 1
+    assert not verdict.proven
+    assert verdict.sentence().startswith(f"The found merge does not beat {', '.join(ahead)} on the certify items.")
+
+
+def test_a_lead_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
+    plain, _ = search(tmp_path / "plain")
+    lead = min(-row.difference for row in plain.rows[:-1] if row.difference is not None)
+    verdict, _ = search(tmp_path / "close", harm={"certify": lead - 5e-4})
+    close = [row for row in verdict.rows[:-1] if row.p is not None and row.p >= 0.01]
+    assert close
+    assert not verdict.proven
+    assert f"but against {', '.join(row.label for row in close)} that may be chance" in verdict.sentence()
+
+
+def test_merges_that_no_baseline_is_worse_than_on_the_select_items_are_not_exported(tmp_path: Path) -> None:
+    verdict, driver = search(tmp_path, harm={"select": 0.5})
+    assert driver.population.candidate(verdict.winner).genome is None
+    assert not verdict.proven
+    assert verdict.sentence().startswith(f"No searched merge beat the baseline '{verdict.label}' on the select items")
 
 
 def test_a_budget_without_a_search_says_that_nothing_was_searched(tmp_path: Path) -> None:

@@ -43,3 +43,17 @@ def test_a_run_on_parts_goes_on_with_the_estimate_that_is_refused_beside_them_to
     folder.config.write_text(yaml.safe_dump(text))
     resume(folder, pool_of(1), Quiet())
     assert contents(folder) == contents(whole)
+
+
+def test_a_run_on_parts_goes_on_with_parents_on_all_items_when_its_folder_knows_no_share(
+    racing_config: dict[str, Any], tmp_path: Path
+) -> None:
+    fitness = {"first": 0.1, "parents": 1}
+    racing_config["search"] |= {"budget": 20, "window": 2, "optimizer": "gaussian_process", "fitness": fitness}
+    setup = checked(racing_config, tmp_path)
+    whole, folder = start(setup, pool_of(1), Quiet(), "whole").folder, stopped(setup, 1, stop_after=10)
+    text = yaml.safe_load(folder.config.read_text())
+    del text["config"]["search"]["fitness"]["parents"]
+    folder.config.write_text(yaml.safe_dump(text))
+    resume(folder, pool_of(1), Quiet())
+    assert contents(folder) == contents(whole)

@@ -12,7 +12,7 @@ import yaml
 from command_line import meiosis, write_config
 from hypothesis import given
 from hypothesis import strategies as st
-from racing_runs import Quiet, checked, contents, pool_of, whole_and_resumed
+from racing_runs import Quiet, checked, contents, pool_of, stopped, whole_and_resumed
 from unscored import Unscored
 
 from evaluators.base import Scores
@@ -296,11 +296,31 @@ def test_parents_have_all_items_where_the_objective_is_measured_by_theirs(
     rotating_config: dict[str, Any], tmp_path: Path
 ) -> None:
     rotating_config["objectives"]["normalize"] = "parents"
-    rotating_config["search"]["budget"] = 6
-    events = start(checked(rotating_config, tmp_path), pool_of(1), Quiet()).folder.events()
-    parents = [e.candidate for e in events if isinstance(e, Ask) and e.origin.startswith("parent:")]
-    scored = {e.candidate: e.scored for e in events if isinstance(e, Trial) and e.items == "search"}
-    assert [scored[id_] for id_ in parents] == [None] * 3
+    rotating_config["search"]["budget"] = 12
+    rotating_config["certify"] = {"random_search": True}
+    folder = start(checked(rotating_config, tmp_path), pool_of(1), Quiet()).folder
+    with History.open(folder.arms / "random_search" / "history", writable=False) as history:
+        histories = folder.events(), history.events()
+    for events in histories:
+        parents = [e.candidate for e in events if isinstance(e, Ask) and e.origin.startswith("parent:")]
+        trials = {e.candidate: e for e in events if isinstance(e, Trial) and e.items == "search"}
+        assert [trials[id_].scored for id_ in parents] == [None] * 3
+    assert [trials[id_].attempts for id_ in parents] == [0] * 3, "the random search takes them over"
+
+
+def test_in_order_of_arrival_parents_have_all_items(rotating_config: dict[str, Any], tmp_path: Path) -> None:
+    assert checked(rotating_config, tmp_path).config.search.fitness.parents == 0.25
+    rotating_config["search"]["order"] = "arrival"
+    assert checked(rotating_config, tmp_path).config.search.fitness.parents == 1
+
+
+def test_of_a_stopped_search_on_parts_the_merge_that_is_held_for_best_is_exported(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rotating_config["search"] |= {"budget": 30, "window": 2}
+    folder = stopped(checked(rotating_config, tmp_path), 1, stop_after=16)
+    exported = export_trial(folder, tmp_path / "out", None, Quiet())
+    assert exported.origin == "search", "though none of them has all items yet"
 
 
 def test_parents_scored_on_a_share_are_completed_by_how_they_differ_from_the_base(
