@@ -115,12 +115,15 @@ class Raylets:
 
 def serve(files: str, cpus: int) -> None:
     """Start a head, then start and kill nodes as told on stdin."""
+    from ray._common.utils import get_default_ray_temp_dir
     from ray._private.ray_constants import PROCESS_TYPE_RAYLET
     from ray.cluster_utils import Cluster
 
     def say(what: dict[str, Any]) -> None:
         print(json.dumps({"chaos": what}), flush=True)
 
+    # Ray notes the address there too, and fails on a machine where no Ray has run yet.
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
     small: dict[str, Any] = {"object_store_memory": STORE_BYTES}
     cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": files, **small})
     nodes: dict[int, Any] = {}
