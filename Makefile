@@ -26,7 +26,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The committed table of three seeds; about ten minutes on two cores.
+# The committed table of three seeds, with all arms of the certificate; about half an hour on two cores.
 reference: setup
 	$(BIN)/meiosis samples text $(SAMPLES)
 	$(BIN)/python benchmarks/three_seeds.py
