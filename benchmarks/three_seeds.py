@@ -37,6 +37,8 @@ def search(seed: int, samples: Path, results: Path) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit status {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)["verdict"]
+    if found["missing"]:
+        sys.exit(f"{run} was begun without {', '.join(found['missing'])}; delete it")
     return found
 
 

@@ -11,29 +11,40 @@ from search.errors import UserError, nearest
 from search.faults import Faults
 from search.machine import has_gpu
 from search.pareto.pick import parse_pick, resolve
+from search.racing.config import FitnessConfig
 from search.yaml_source import Location
 
 
-def check_budget(config: Config, evaluators: Mapping[str, Evaluator], faults: Faults) -> None:
-    """Look for limits below what parents, base and one merge take."""
+def check_budget(config: Config, faults: Faults) -> None:
+    """Look for a budget below parents, base and one merge."""
     smallest = len(config.models.sources) + 2  # every parent, the base, and one more to compare
     if config.search.budget < smallest and not config.search.baselines_only:
         faults.add(
             ("search", "budget"),
             f"{config.search.budget} is too small; expected at least {smallest}: every parent, the base and one merge",
         )
+
+
+def check_item_limit(
+    config: Config, fitness: FitnessConfig, evaluators: Mapping[str, Evaluator], faults: Faults
+) -> None:
+    """Look for a limit of items below what parents, base and one merge take.
+
+    Args:
+        fitness: as the rest of the config decides it.
+    """
     items = config.search.limits.item_evaluations
-    if items is not None:
-        total = sum(len(evaluator.items("search")) for evaluator in evaluators.values())
-        # In a search on parts that of parents may be smaller, and the merge takes next to nothing.
-        on_parts = config.search.fitness.rotate is not False and config.objectives.normalize == "none"
-        share = config.search.fitness.parents if on_parts else 1.0
-        needed = math.ceil((1 + len(config.models.sources) * share + (not on_parts)) * total)
-        if items < needed:
-            faults.add(
-                ("search", "limits", "item_evaluations"),
-                f"{items} is too small; every parent, the base and one merge take {needed} search items or more",
-            )
+    if items is None:
+        return
+    total = sum(len(evaluator.items("search")) for evaluator in evaluators.values())
+    # On parts a merge takes next to nothing, and parents may take a share.
+    parents = len(config.models.sources) * (fitness.parents if fitness.rotate else 1)
+    needed = math.ceil(total * (1 + parents + (not fitness.rotate)))
+    if items < needed:
+        faults.add(
+            ("search", "limits", "item_evaluations"),
+            f"{items} is too small; every parent, the base and one merge take at least {needed} search items",
+        )
 
 
 def check_gpus(config: Config, faults: Faults) -> None:

@@ -31,7 +31,7 @@ from search.racing.choice import estimate_faults, resolved_fitness, rotate_fault
 from search.racing.config import FitnessConfig
 from search.recipe import ModelRef
 from search.run_log import emit
-from search.section_checks import check_budget, check_gpus, check_metrics, metrics_of
+from search.section_checks import check_budget, check_gpus, check_item_limit, check_metrics, metrics_of
 from search.sources import merged_dtype
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
@@ -125,7 +125,7 @@ def check(
     metrics = metrics_of(evaluators)
     check_metrics(loaded, metrics, set(evaluators), faults)
     baselines = _baselines(loaded, evaluators, faults)
-    check_budget(config, evaluators, faults)
+    check_budget(config, faults)
     faults.lines += tracker_faults(loaded)
     check_gpus(config, faults)
     checkpoints = open_models(loaded, faults)
@@ -156,6 +156,9 @@ def check(
     if len(checkpoints) == len(config.models.sources) + 1:
         check_sources(checkpoints, faults)
     faults.raise_if_any()
+    fitness = resolved_fitness(config, optimizer.name, metrics)
+    check_item_limit(config, fitness, evaluators, faults)
+    faults.raise_if_any()
     emit("config_checked")
     sound()
     # Reading every byte comes last, when nothing else is wrong.
@@ -173,9 +176,7 @@ def check(
     assert space is not None
     assert make_optimizer is not None
     return Setup(
-        config=_absolute(
-            loaded, checkpoints, evaluators, baselines, optimizer, resolved_fitness(config, optimizer.name, metrics)
-        ),
+        config=_absolute(loaded, checkpoints, evaluators, baselines, optimizer, fitness),
         checkpoints=checkpoints,
         models=models,
         space=make_space(

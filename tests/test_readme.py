@@ -78,6 +78,21 @@ def test_the_table_of_results_is_the_committed_one_and_every_row_of_every_seed_i
         assert f"{best['objective']:.4f} ({best['model']}) | **{found['objective']:.4f}**" in line
 
 
+def ratios(page: str) -> list[float]:
+    """How many times fewer items the default takes, by the rows of a committed page."""
+    text = (ROOT / "results" / "reference" / f"{page}.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "| default |" in line]
+    return [float(row[6]) for row in rows]
+
+
+def test_the_readme_says_how_many_fewer_items_as_the_committed_pages_do() -> None:
+    line = next(line for line in README.splitlines() if line.startswith("| fewer items |"))
+    (text,), (vision,), tables = map(ratios, ("search_quality_text", "search_quality_vision", "search_quality_tables"))
+    assert f"on the text family {text} times fewer, on the vision family {vision} times" in line
+    low, middle, high, answers = tables
+    assert f"{low}, {middle:.0f} and {high:.0f} times, on one of 0/1 answers {answers} times" in line
+
+
 def reference(name: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 

@@ -340,3 +340,16 @@ def test_parents_scored_on_a_share_are_completed_by_how_they_differ_from_the_bas
             differs = np.average(seen.values["nll"] - everything.values["nll"][there], weights=weights)
             exact = np.average(everything.values["nll"], weights=everything.weights) + differs
             assert trials[id_].metrics[f"{name}.nll"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_limit_of_items_is_too_small_below_what_base_and_parents_take(
+    rotating_config: dict[str, Any], tmp_path: Path
+) -> None:
+    items = 3 * 48
+    for fitness, least in ({"first": 0.1}, items + 3 * items // 4), ({"rotate": False}, 5 * items):
+        rotating_config["search"]["fitness"] = fitness
+        rotating_config["search"]["limits"] = {"item_evaluations": least}
+        checked(rotating_config, tmp_path)
+        rotating_config["search"]["limits"] = {"item_evaluations": least - 1}
+        with pytest.raises(ConfigError, match=f"{least - 1} is too small; .* at least {least} search items"):
+            checked(rotating_config, tmp_path)
