@@ -77,7 +77,7 @@ def test_every_port_of_a_ray_of_our_own_is_on_loopback_while_a_trial_runs(ray_se
         pool.submit(job(0, "sleep", seconds=2))
         while not (tmp_path / "pid-0").exists():
             pool.wait(0.0)
-        worker = int((tmp_path / "pid-0").read_text() or 0)
+        worker = int((tmp_path / "pid-0").read_text())
         commands = session_processes()
         found = {pid: listening(pid) for pid in commands}
         assert pool.wait(60)

@@ -47,7 +47,9 @@ class Scripted:
     def run(self, job: Job) -> Outcome:
         with (self.folder / "starts").open("a") as log:
             log.write(f"{job.candidate}\n")
-        (self.folder / f"pid-{job.candidate}").write_text(str(os.getpid()))
+        written = self.folder / f"writing-{job.candidate}"
+        written.write_text(str(os.getpid()))
+        written.rename(self.folder / f"pid-{job.candidate}")  # whoever sees it reads it whole
         rule = job.recipe.rules[0]
         outcome = Outcome(job.candidate, job.items, metrics={"test.square": float(job.candidate**2)})
         changed: Any = getattr(self, rule.operator)(outcome, **rule.parameters)
