@@ -3,6 +3,7 @@
     python benchmarks/search_quality.py --family table                      landscapes, 20 seeds
     python benchmarks/search_quality.py --family text --seeds 0 1 2         the models of `meiosis samples text`
     python benchmarks/search_quality.py --family vision --seeds 0 1 2       `meiosis samples vision`, a weight per task
+    python benchmarks/search_quality.py --family vision_answers             by right answers, not by loss
     python benchmarks/search_quality.py --family vision_layers              with a weight per task and layer
     python benchmarks/search_quality.py --family table --methods default racing --page curves.html
     python benchmarks/search_quality.py --tabulate text                     evaluate the grid of a table anew
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
 TABLES = REFERENCE / "tables"
 WORK = ROOT / "results" / "search_quality"
-SAMPLES = {"text": "text", "vision": "vision", "vision_layers": "vision"}
+SAMPLES = {"text": "text", "vision": "vision", "vision_answers": "vision", "vision_layers": "vision"}
 """Family -> the samples that it is made of."""
 ANALYTIC = ("bowl-4", "valley-2", "answers-4")
 
@@ -50,8 +51,10 @@ def real_config(family: str, budget: int) -> dict[str, Any]:
     kept = {key: value for key, value in found["search"].items() if key not in ("optimizer", "fitness")}
     found["search"] = {**kept, "budget": budget, "finalists": 1, "window": 2}
     found["cluster"] = {"pool": "local", "workers": 1}
-    if family == "vision":
+    if family in ("vision", "vision_answers"):
         found["space"]["patterns"] = {"model": ".*"}
+    if family == "vision_answers":
+        found["objectives"]["terms"] = [term.replace(".nll", ".accuracy") for term in found["objectives"]["terms"]]
     return found
 
 

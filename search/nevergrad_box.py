@@ -113,6 +113,10 @@ def import_nevergrad() -> tuple[Any, Any]:
     """nevergrad and the pycma inside it."""
     cma = import_cma()
     import nevergrad
+    from nevergrad.optimization.recaster import RecastOptimizer
+
+    # One that fails while it is made is deleted without it, and Python prints a traceback.
+    RecastOptimizer._messaging_thread = None
 
     return nevergrad, cma
 
@@ -170,15 +174,20 @@ def from_registry(name: str, ours: Iterable[str] = ()) -> MakeOptimizer:
         except UserError:
             raise
         except Exception as error:  # 540 entries fail in as many ways
-            raise refuse(f"it fails on {len(problem.start)} genes with {problem.window} in flight: {error}") from error
+            said = str(error) or type(error).__name__
+            raise refuse(f"it fails on {len(problem.start)} genes with {problem.window} in flight: {said}") from error
         return box
 
     return make
 
 
 def rehearse(make: Any, problem: Problem, asks: int = _REHEARSAL) -> bytes:
-    """The asks of a short run on a sphere with the window full, to be compared with a second one."""
+    """The asks of a short run on a sphere with the window full, to be compared with a second one.
+
+    As in a search the first point is suggested, which some methods cannot be told about.
+    """
     box = NevergradBox(make, problem)
+    box.suggest(problem.start)
     asked, open_ = [], deque[Vector]()
     for _ in range(min(asks, problem.budget)):
         open_.append(box.ask())

@@ -181,6 +181,26 @@ def test_optimisers_that_do_not_repeat_or_do_not_run_in_parallel_are_refused_whe
         optimizer_named(name)(problem())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of methods that meet a tiny budget
+def test_every_optimiser_of_nevergrads_registry_runs_or_is_refused_with_a_way_out() -> None:
+    import nevergrad
+
+    run, refused = [], {}
+    for name in sorted(nevergrad.optimizers.registry):
+        try:
+            points = asked(name, problem(dimension=4, budget=12, window=2))
+        except UserError as error:
+            refused[name] = str(error)
+        else:
+            assert all(point.shape == (4,) and (point >= 0).all() and (point <= 1).all() for point in points), name
+            run.append(name)
+    assert len(run) > 200, len(run)
+    for name, said in refused.items():
+        assert said.startswith(f"optimizer '{name}' is refused: "), said
+        assert "use diagonal_cma" in said
+
+
 def test_cma_of_nevergrad_is_refused_where_its_step_size_rule_fails() -> None:
     with pytest.raises(UserError, match="from 300 genes on"):
         optimizer_named("CMA")(problem(dimension=300))
