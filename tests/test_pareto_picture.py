@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from search.pareto.drawing import ticks
 from search.pareto.front import Front, FrontPoint
-from search.pareto.svg import HEIGHT, WIDTH, front_svg, ticks
+from search.pareto.svg import HEIGHT, WIDTH, front_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
