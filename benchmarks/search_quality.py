@@ -1,4 +1,4 @@
-"""Quality against item-evaluations: the tables of results/reference/search_quality*.md.
+"""Quality against item-evaluations: the tables and pictures of results/reference/search_quality*.md.
 
     python benchmarks/search_quality.py --family table                      landscapes, 20 seeds
     python benchmarks/search_quality.py --family text --seeds 0 1 2         the models of `meiosis samples text`
@@ -123,8 +123,9 @@ def main() -> None:
         notes += [note for note in left_out if note not in notes]
         found += rows(label, curves[label], arguments.tolerance)
     command = " ".join(["python", "benchmarks/search_quality.py", *sys.argv[1:]])
-    text = markdown(found, command, notes, arguments.tolerance)
-    write(REFERENCE, arguments.name or f"search_quality_{arguments.family}", found, curves, text)
+    page_name = arguments.name or f"search_quality_{arguments.family}"
+    text = markdown(page_name, found, command, notes, arguments.tolerance)
+    write(REFERENCE, page_name, curves, arguments.tolerance, text)
     if arguments.page:
         page(arguments.page, curves)
     print(text)

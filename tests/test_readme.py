@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_tables import table_rows
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -80,9 +81,8 @@ def test_the_table_of_results_is_the_committed_one_and_every_row_of_every_seed_i
 
 def ratios(page: str) -> list[float]:
     """How many times fewer items the default takes, by the rows of a committed page."""
-    text = (ROOT / "results" / "reference" / f"{page}.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "| default |" in line]
-    return [float(row[6]) for row in rows]
+    rows = table_rows((ROOT / "results" / "reference" / f"{page}.md").read_text())
+    return [float(row["ratio"]) for row in rows if row["method"] == "default"]
 
 
 def test_the_readme_says_how_many_fewer_items_as_the_committed_pages_do() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from markdown_tables import table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -18,6 +20,7 @@ from quality.methods import METHODS, PEER, chosen  # noqa: E402
 from quality.peer_cma import SIGMA, PeerCma  # noqa: E402
 from quality.reports import markdown, rows, write  # noqa: E402
 from quality.runs import Curve, models_for, search, table_config, table_curve  # noqa: E402
+from quality.target import Target, peer_target  # noqa: E402
 
 from search.genome import Gene  # noqa: E402
 from search.nevergrad_box import import_cma  # noqa: E402
@@ -25,6 +28,7 @@ from search.optimizer import Problem  # noqa: E402
 from search.store.run_folder import RunFolder  # noqa: E402
 
 TABLES = sorted((ROOT / "results" / "reference" / "tables").glob("*.parquet"))
+PAGES = sorted((ROOT / "results" / "reference").glob("search_quality_*.md"))
 
 
 def quadratic_table(seed: int = 0) -> tuple[Table, np.ndarray]:
@@ -91,17 +95,58 @@ def test_a_target_is_reached_when_it_is_not_left_again() -> None:
     assert items_to_reach(steps, worth.__getitem__, 0.1) == np.inf
 
 
-def test_ratios_are_those_of_item_evaluations_to_the_peers_end(tmp_path: Path) -> None:
-    peers = [Curve(PEER, s, [Step(100, 0), Step(1000, 1)], {0: 2.0, 1: 1.0}, 2000, 20, 1.0) for s in range(3)]
-    quick = [Curve("quick", s, [Step(50, 0), Step(100, 1)], {0: 2.0, 1: 1.0}, 500, 20, 1.0) for s in range(3)]
-    slow = [Curve("slow", s, [Step(50, 0)], {0: 2.0}, 500, 20, 1.0) for s in range(3)]
-    found = {row.method: row for row in rows("f", [*peers, *quick, *slow], tolerance=0.0)}
+def some_curves() -> list[Curve]:
+    """The peer, a quick method with two candidates in flight, and one that does not get there; of three seeds."""
+
+    def curves(method: str, steps: list[Step], items: int, window: int) -> list[Curve]:
+        return [Curve(method, s, steps, {0: 2.0, 1: 1.0}, items, 20, 1.0, genes=6, window=window) for s in range(3)]
+
+    return [
+        *curves(PEER, [Step(100, 0), Step(1000, 1)], 2000, 1),
+        *curves("quick", [Step(50, 0), Step(100, 1)], 500, 2),
+        *curves("slow", [Step(50, 0)], 500, 1),
+    ]
+
+
+def test_ratios_are_those_of_item_evaluations_to_the_peers_end() -> None:
+    found = {row.method: row for row in rows("f", some_curves(), tolerance=0.0)}
     assert (found[PEER].ratio, found["quick"].ratio, found["slow"].ratio) == (1.0, 10.0, 0.0)
     assert (found["quick"].reached, found["slow"].reached) == (3, 0)
-    text = markdown(list(found.values()), "command", ["a note"], 0.0)
-    assert "| f | quick | 3 | 3 | 100 | 10.0 | 1.0000 | 500 | 1.0 |" in text
-    write(tmp_path, "x", list(found.values()), {"f": [*peers, *quick, *slow]}, text)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.md", "x.parquet"}
+
+
+def test_the_target_is_what_the_peer_has_at_its_end_but_for_a_share_of_its_gain() -> None:
+    assert peer_target(some_curves(), 0.25) == Target(quality=1.25, first=2.0)
+
+
+def test_a_page_has_a_row_per_method_and_the_picture_beside_it(tmp_path: Path) -> None:
+    text = markdown("x", rows("f", some_curves(), tolerance=0.0), "command", ["a note"], 0.0)
+    _, quick, slow = table_rows(text)
+    assert quick == {
+        "family": "f",
+        "method": "quick",
+        "seeds": "3",
+        "genes": "6",
+        "in flight": "2",
+        "reach it": "3",
+        "items to target": "100",
+        "ratio": "10.0",
+        "final quality": "1.0000",
+        "items in all": "500",
+        "seconds": "1.0",
+    }
+    assert (slow["items to target"], slow["ratio"]) == ("not reached", "")
+    assert "](x.svg)" in text
+    write(tmp_path, "x", {"f": some_curves()}, 0.0, text)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.md", "x.parquet", "x.svg"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_committed_pages_have_the_peer_first_and_show_pictures_that_are_there(path: Path) -> None:
+    text = path.read_text()
+    found = table_rows(text)
+    for family in {row["family"] for row in found}:
+        assert next(row["method"] for row in found if row["family"] == family) == PEER
+    assert all((path.parent / name).exists() for name in re.findall(r"!\[.*?\]\((.*?)\)", text))
 
 
 def test_methods_run_through_the_real_search_and_find_better_merges(tmp_path: Path) -> None:
@@ -114,6 +159,7 @@ def test_methods_run_through_the_real_search_and_find_better_merges(tmp_path: Pa
     peer, default = curve(PEER), curve("default")
     assert peer.items == (40 - 4) * 450  # parents and base are no candidates of its own
     assert default.candidates == 40
+    assert {(peer.genes, peer.window), (default.genes, default.window)} == {(len(names(load("bowl-1"))), 1)}
     landscape = load("bowl-1")
     n_sources = len(landscape.sources)
     unsearched = [*np.eye(n_sources), np.zeros(n_sources), np.full(n_sources, 1 / n_sources)]

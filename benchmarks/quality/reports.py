@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from quality.curves import items_to_reach
 from quality.methods import PEER
+from quality.picture import curves_svg
 from quality.runs import Curve
+from quality.target import peer_target
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Row:
     """One method on one landscape or family.
 
     Attributes:
+        genes: how many numbers are searched.
+        window: candidates in flight.
         reached: how many seeds came to the quality of the peer.
         items: median item-evaluations until then; infinite where most did not.
         ratio: the peer's divided by these.
@@ -29,6 +33,8 @@ class Row:
     family: str
     method: str
     seeds: int
+    genes: int
+    window: int
     reached: int
     items: float
     ratio: float
@@ -38,16 +44,9 @@ class Row:
 
 
 def rows(family: str, curves: Sequence[Curve], tolerance: float) -> list[Row]:
-    """Every method against the median of what the peer has at its end.
-
-    Args:
-        tolerance: share of the peer's gain that may be missing. At its very end it moves within the noise of the items.
-    """
+    """Every method against the median of what the peer has at its end; `tolerance`: see `peer_target`."""
     methods = list(dict.fromkeys(curve.method for curve in curves))
-    peers = [curve for curve in curves if curve.method == PEER]
-    end = float(np.median([curve.final for curve in peers]))
-    begin = float(np.median([curve.quality[curve.steps[0].candidate] for curve in peers]))
-    target = end + tolerance * max(begin - end, 0.0)
+    target = peer_target(curves, tolerance).quality
     found, peer = [], np.nan
     for method in methods:
         own = [curve for curve in curves if curve.method == method]
@@ -61,6 +60,8 @@ def rows(family: str, curves: Sequence[Curve], tolerance: float) -> list[Row]:
                 family=family,
                 method=method,
                 seeds=len(own),
+                genes=own[0].genes,
+                window=own[0].window,
                 reached=int(np.isfinite(needed).sum()),
                 items=median,
                 ratio=peer / median,
@@ -72,8 +73,8 @@ def rows(family: str, curves: Sequence[Curve], tolerance: float) -> list[Row]:
     return found
 
 
-def markdown(found: Sequence[Row], command: str, notes: Sequence[str], tolerance: float) -> str:
-    """The table as a page."""
+def markdown(name: str, found: Sequence[Row], command: str, notes: Sequence[str], tolerance: float) -> str:
+    """The table as a page, with the picture that `write` puts beside it under the same name."""
     lines = [
         "# Quality against item-evaluations",
         "",
@@ -81,28 +82,36 @@ def markdown(found: Sequence[Row], command: str, notes: Sequence[str], tolerance
         "answers; smaller is better). The target is the median quality of CMA-ES as mergekit-evolve sets it up at the",
         f"end of its budget, every candidate on all items, but for {tolerance:.0%} of what it gained since its first",
         "candidate. `items to target`: median over the seeds of the item-evaluations from which on the best known",
-        "candidate is that good; `ratio`: those of CMA-ES divided by them.",
+        "candidate is that good; `ratio`: those of CMA-ES divided by them. `genes`: how many numbers are searched;",
+        "`in flight`: how many candidates are asked for before the result of the first of them is told.",
         "",
         f"Command: `{command}`",
         "",
-        "| family | method | seeds | reach it | items to target | ratio | final quality | items in all | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "The picture: medians over the seeds, pale from the lowest seed to the highest. The thin line is the target. A",
+        "panel ends at what CMA-ES has at first; `(above)`: never below that.",
+        "",
+        f"![Median quality of the best known candidate after so many item-evaluations]({name}.svg)",
+        "",
+        "| family | method | seeds | genes | in flight | reach it | items to target | ratio | final quality "
+        "| items in all | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         items = f"{row.items:,.0f}" if np.isfinite(row.items) else "not reached"
         ratio = f"{row.ratio:.1f}" if np.isfinite(row.items) else ""
         lines.append(
-            f"| {row.family} | {row.method} | {row.seeds} | {row.reached} | {items} | {ratio} | {row.final:.4f} "
-            f"| {row.items_in_all:,.0f} | {row.seconds:.1f} |"
+            f"| {row.family} | {row.method} | {row.seeds} | {row.genes} | {row.window} | {row.reached} | {items} "
+            f"| {ratio} | {row.final:.4f} | {row.items_in_all:,.0f} | {row.seconds:.1f} |"
         )
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join([*lines, ""])
 
 
-def write(folder: Path, name: str, found: Sequence[Row], curves: dict[str, Sequence[Curve]], text: str) -> None:
-    """`<name>.md`, and `<name>.parquet` with every step of every curve."""
+def write(folder: Path, name: str, curves: Mapping[str, Sequence[Curve]], tolerance: float, text: str) -> None:
+    """`<name>.md`, the curves as `<name>.svg`, and `<name>.parquet` with every step of every curve."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.svg").write_text(curves_svg(curves, tolerance), encoding="utf-8")
     steps: list[dict[str, Any]] = [
         {
             "family": family,
@@ -119,7 +128,7 @@ def write(folder: Path, name: str, found: Sequence[Row], curves: dict[str, Seque
     pq.write_table(pa.Table.from_pylist(steps), folder / f"{name}.parquet", compression="zstd")
 
 
-def page(path: Path, curves: dict[str, Sequence[Curve]]) -> None:
+def page(path: Path, curves: Mapping[str, Sequence[Curve]]) -> None:
     """The median curve of every method, as an html page."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -130,7 +139,7 @@ def page(path: Path, curves: dict[str, Sequence[Curve]]) -> None:
         grid = np.unique(np.geomspace(50, most, 120).astype(int))
         for method in dict.fromkeys(curve.method for curve in many):
             own = [curve for curve in many if curve.method == method]
-            values = np.array([[_at(curve, items) for items in grid] for curve in own])
+            values = np.array([[curve.at(items) for items in grid] for curve in own])
             figure.add_trace(
                 go.Scatter(
                     x=grid, y=np.median(values, axis=0), name=method, legendgroup=method, showlegend=number == 1
@@ -141,8 +150,3 @@ def page(path: Path, curves: dict[str, Sequence[Curve]]) -> None:
     figure.update_xaxes(type="log", title="item-evaluations")
     figure.update_layout(height=420 * len(curves), title="Median quality of the best known candidate")
     figure.write_html(path, include_plotlyjs="cdn")
-
-
-def _at(curve: Curve, items: int) -> float:
-    known = [step for step in curve.steps if step.items <= items]
-    return curve.quality[known[-1].candidate] if known else np.nan

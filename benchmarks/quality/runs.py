@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Curve:
         items: item-evaluations in all.
         candidates: how many were asked for.
         seconds: of the search alone, as the run recorded them.
+        genes: how many numbers were searched.
+        window: candidates in flight, as the manifest of the run says.
     """
 
     method: str
@@ -51,10 +54,17 @@ class Curve:
     items: int
     candidates: int
     seconds: float
+    genes: int
+    window: int
 
     @property
     def final(self) -> float:
         return self.quality[self.steps[-1].candidate]
+
+    def at(self, items: float) -> float:
+        """What the best known candidate is worth after so many item-evaluations; nan before the first one."""
+        known = bisect_right(self.steps, items, key=lambda step: step.items)
+        return self.quality[self.steps[known - 1].candidate] if known else np.nan
 
 
 def table_config(landscape_name: str, landscape: Landscape, models: Path, budget: int) -> dict[str, Any]:
@@ -125,9 +135,9 @@ def table_curve(landscape_name: str, method: Method, seed: int, budget: int, fol
     run = search(config, method, seed, folder / "tables" / Path(landscape_name).stem)
     if isinstance(run, str):
         return run
-    setup, seen = _replayed(run, method)
-    found = _live_models(setup, seen, lambda model: quality(landscape, point_of(model, landscape)))
-    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, _seconds(run))
+    replay = _replayed(run, method)
+    found = _live_models(replay.setup, replay.seen, lambda model: quality(landscape, point_of(model, landscape)))
+    return _curve(method, seed, run, replay, found)
 
 
 def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) -> Curve | str:
@@ -135,18 +145,42 @@ def real_curve(config: dict[str, Any], method: Method, seed: int, folder: Path) 
     run = search(config, method, seed, folder)
     if isinstance(run, str):
         return run
-    setup, seen = _replayed(run, method)
+    replay = _replayed(run, method)
     known = _certified_file(folder, method, seed)
     if known.exists():
         found = {int(key): value for key, value in json.loads(known.read_text()).items()}
     else:
-        found = _certified(setup, seen)
+        found = _certified(replay.setup, replay.seen)
         known.write_text(json.dumps(found))
-    return Curve(method.name, seed, seen.steps, found, seen.items, seen.population.asked, _seconds(run))
+    return _curve(method, seed, run, replay, found)
 
 
-def _seconds(run: RunFolder) -> float:
-    return Sessions(run.sessions).search_seconds
+@dataclass(frozen=True)
+class _Replayed:
+    """A run from its history.
+
+    Attributes:
+        seen: the best known candidates on the way.
+        window: candidates in flight, as the manifest of the run says.
+    """
+
+    setup: Setup
+    seen: Incumbents
+    window: int
+
+
+def _curve(method: Method, seed: int, run: RunFolder, replay: _Replayed, found: dict[int, float]) -> Curve:
+    return Curve(
+        method=method.name,
+        seed=seed,
+        steps=replay.seen.steps,
+        quality=found,
+        items=replay.seen.items,
+        candidates=replay.seen.population.asked,
+        seconds=Sessions(run.sessions).search_seconds,
+        genes=len(replay.setup.space.genes),
+        window=replay.window,
+    )
 
 
 def _certified_file(results: Path, method: Method, seed: int) -> Path:
@@ -173,10 +207,9 @@ def _live_models(setup: Setup, seen: Incumbents, measure: Callable[[Any], float]
     return found
 
 
-def _replayed(run: RunFolder, method: Method) -> tuple[Setup, Incumbents]:
-    """A run from its history, with the best known candidates on the way."""
+def _replayed(run: RunFolder, method: Method) -> _Replayed:
     setup = load_setup(run, Watcher(lambda _: None, lambda _: None))
     window = int(read_manifest(run)["window"])
     seen = Incumbents(make_population(setup, window), method.from_zero)
     replay_ordered(run.events(), seen.population, window, told=seen.told)
-    return setup, seen
+    return _Replayed(setup, seen, window)
