@@ -26,7 +26,8 @@ class FitnessConfig(BaseModel):
         description="score every candidate on one part of the search items, each on another part, and now and then the "
         "best on all of them; by default true with an optimiser that puts parts together (gaussian_process), where "
         "every metric of the objective has values per item, there are no constraints and estimate is not p_irt or "
-        "gp_irt, with which it cannot be used",
+        "gp_irt, with which it cannot be used; where a metric is bounded, as right and wrong answers are, only if a "
+        "part has at least 100 items",
     )
     estimate: Estimate = Field(
         "auto",
