@@ -30,6 +30,7 @@ METHODS = (
     Method(PEER, {"optimizer": "quality.peer_cma:PLUGIN", "baselines": [], "window": 1}, from_zero=False),
     Method("random_search", {"optimizer": "random_search", "baselines": [], "window": 1}, from_zero=False),
     Method("default", {"optimizer": "auto"}),
+    Method("default_on_parts", {"optimizer": "auto", "fitness": {"rotate": True}}),
     Method("default_all_items", {"optimizer": "auto", "fitness": {"rotate": False}}),
     Method("diagonal_cma", {"optimizer": "diagonal_cma"}),
     Method("diagonal_cma_no_generation_0", {"optimizer": "diagonal_cma", "baselines": []}),
