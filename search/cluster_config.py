@@ -63,6 +63,7 @@ class ClusterConfig(BaseModel):
         le=1024,
         description="for small models: so many candidates go through one forward pass of likelihood evaluators, which "
         "takes the memory of as many models; part of the run, the last bits of scores depend on it; pool: local only. "
+        "On a CPU it pays where a pass reads some 50 tokens, hardly where it reads 500 or more. "
         "Where some are scored on some of the items (search.fitness: racing, rotate), candidates go alone",
     )
     check_memory: bool = Field(True, description="whether what does not fit into memory is refused before it starts")
