@@ -210,8 +210,7 @@ def page(rows: Sequence[Row], command: str) -> str:
             *(described(name, rows) for name in dict.fromkeys(row["case"] for row in rows)),
             "",
             "The vision family is not here: `image_classification` is no likelihood evaluator and has nothing to share "
-            "a pass with. When this was written its worker did not start with `candidates_per_forward` above 1, since "
-            "the model is tried with tokens first.",
+            "a pass with; a config that asks for it is refused.",
             "",
             f"{machine()}; {versions('torch', 'transformers')}. The load of the machine (1 minute) was "
             f"{min(loads):.1f} to {max(loads):.1f}, this included.",

@@ -57,6 +57,17 @@ def check_gpus(config: Config, faults: Faults) -> None:
         faults.add(("space", "path"), "a path cannot be laid over several GPUs yet; set cluster.gpus_per_worker to 1")
 
 
+def check_batches(config: Config, evaluators: Mapping[str, Evaluator], faults: Faults) -> None:
+    """Look for candidates that are to share forward passes where no evaluator has any to share."""
+    several = config.cluster.candidates_per_forward > 1
+    if several and evaluators and not any(evaluator.plain_forward for evaluator in evaluators.values()):
+        faults.add(
+            ("cluster", "candidates_per_forward"),
+            f"candidates share the forward passes of likelihood evaluators, and none of {', '.join(evaluators)} is "
+            "one; set it to 1",
+        )
+
+
 def _check_racing(config: Config, metrics: Mapping[str, Metric], faults: Faults) -> None:
     if not config.search.fitness.racing:
         return

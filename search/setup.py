@@ -31,7 +31,7 @@ from search.racing.choice import estimate_faults, resolved_fitness, rotate_fault
 from search.racing.config import FitnessConfig
 from search.recipe import ModelRef
 from search.run_log import emit
-from search.section_checks import check_budget, check_gpus, check_item_limit, check_metrics, metrics_of
+from search.section_checks import check_batches, check_budget, check_gpus, check_item_limit, check_metrics, metrics_of
 from search.sources import merged_dtype
 from search.space import Space, SpaceError, make_space
 from search.statistics.check import check_statistics, statistics_paths
@@ -128,6 +128,8 @@ def check(
     check_budget(config, faults)
     faults.lines += tracker_faults(loaded)
     check_gpus(config, faults)
+    if not begun:
+        check_batches(config, evaluators, faults)
     checkpoints = open_models(loaded, faults)
     models = {name: ModelRef(path=str(checkpoint.folder), sha256=None) for name, checkpoint in checkpoints.items()}
     space: Space | None = None

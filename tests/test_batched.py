@@ -148,3 +148,11 @@ def test_workers_on_ray_take_one_candidate_at_a_time_and_the_config_says_so(
     cluster = {**family_config["cluster"], "pool": "ray", "candidates_per_forward": 2}
     with pytest.raises(ConfigError, match="candidates_per_forward above 1 needs pool: local"):
         setup_of(tmp_path, {**family_config, "cluster": cluster})
+
+
+def test_a_config_without_likelihoods_to_share_passes_is_refused(tmp_path: Path, family_config: dict[str, Any]) -> None:
+    family_config["cluster"] |= {"pool": "local", "candidates_per_forward": 2}
+    family_config["evaluators"] = {"size": {"use": "cost"}}
+    family_config["objectives"]["terms"] = ["size.parameters"]
+    with pytest.raises(ConfigError, match="none of size is one; set it to 1"):
+        setup_of(tmp_path, family_config)
