@@ -158,7 +158,7 @@ def check(
     if len(checkpoints) == len(config.models.sources) + 1:
         check_sources(checkpoints, faults)
     faults.raise_if_any()
-    fitness = resolved_fitness(config, optimizer.name, evaluators)
+    fitness = resolved_fitness(config, optimizer.name, metrics)
     check_item_limit(config, fitness, evaluators, faults)
     faults.raise_if_any()
     emit("config_checked")

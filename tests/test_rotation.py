@@ -294,23 +294,26 @@ def test_where_it_is_left_open_all_items_are_scored_if_parts_do_not_serve(
 
 
 @pytest.mark.parametrize(
-    ("metric", "questions", "rotates"), [("acc", 1999, False), ("acc", 2000, True), ("nll", 200, True)]
+    ("terms", "rotates"),
+    [(["questions.nll"], True), (["questions.acc"], False), (["questions.nll", "questions.acc"], False)],
 )
-def test_right_and_wrong_answers_are_scored_on_parts_if_these_have_enough_of_them(
-    rotating_config: dict[str, Any], tmp_path: Path, metric: str, questions: int, rotates: bool
+def test_right_and_wrong_answers_are_scored_on_all_items(
+    rotating_config: dict[str, Any], tmp_path: Path, terms: list[str], rotates: bool
 ) -> None:
     data = {}
-    for pool, count in (("search", questions), ("select", 2), ("certify", 2)):
+    for pool in ("search", "select", "certify"):
         lines = [
-            {"id": f"{pool}{n}", "context": f"{pool} {n}", "choices": ["a", "b"], "answer": n % 2} for n in range(count)
+            {"id": f"{pool}{n}", "context": f"{pool} {n}", "choices": ["a", "b"], "answer": n % 2} for n in range(40)
         ]
         file = tmp_path / f"{pool}.jsonl"
         file.write_text("\n".join(json.dumps(line) for line in lines))
         data[pool] = str(file)
     rotating_config["evaluators"] = {"questions": {"use": "multiple_choice", "data": data}}
-    rotating_config["objectives"]["terms"] = [f"questions.{metric}"]
-    rotating_config["search"]["fitness"] = {"first": 0.05}
+    rotating_config["objectives"]["terms"] = terms
+    rotating_config["search"]["fitness"] = {}
     assert checked(rotating_config, tmp_path).config.search.fitness.rotate == rotates
+    rotating_config["search"]["fitness"] = {"rotate": True}
+    assert checked(rotating_config, tmp_path).config.search.fitness.rotate
 
 
 def test_parents_have_all_items_where_the_objective_is_measured_by_theirs(

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from evaluators.base import Evaluator, Metric
+from evaluators.base import Metric
 from search.config import Config
 from search.optimizer import OPTIMIZERS, PoolsParts
 from search.racing.config import FitnessConfig
-
-_FEWEST_ANSWERS = 100
-"""Items of a part where scores are right or wrong, at least: fewer hardly tell merges apart that differ by single
-answers (`benchmarks/search_quality.py`, answers-4 with 22 of them and vision_answers with some 140)."""
 
 
 def estimate_faults(config: Config) -> Iterator[str]:
@@ -58,20 +54,20 @@ def rotate_faults(
         )
 
 
-def resolved_fitness(config: Config, optimizer: str, evaluators: Mapping[str, Evaluator]) -> FitnessConfig:
+def resolved_fitness(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> FitnessConfig:
     """`search.fitness` with what the rest of the config decides.
 
     Args:
         optimizer: its name, once `auto` is resolved.
     """
-    found: dict[str, Any] = {"rotate": _rotates(config, optimizer, evaluators)}
+    found: dict[str, Any] = {"rotate": _rotates(config, optimizer, metrics)}
     # The scale that everything is measured with is not to be rough, and what comes before the base cannot be completed.
     if config.objectives.normalize == "parents" or config.search.order == "arrival":
         found["parents"] = 1.0
     return config.search.fitness.model_copy(update=found)
 
 
-def _rotates(config: Config, optimizer: str, evaluators: Mapping[str, Evaluator]) -> bool:
+def _rotates(config: Config, optimizer: str, metrics: Mapping[str, Metric]) -> bool:
     """Whether candidates are scored on parts of the items; where the config leaves it open, if that serves it."""
     fitness = config.search.fitness
     if fitness.rotate is not None:
@@ -80,17 +76,14 @@ def _rotates(config: Config, optimizer: str, evaluators: Mapping[str, Evaluator]
         return False  # nothing puts parts together
     refused = fitness.racing or _models_items(fitness) or config.constraints
     open_to_it = _one_optimiser_for_one_merge(config) and not refused
-    return open_to_it and _parts_tell_enough(config, evaluators) and _pools_parts(optimizer)
+    return open_to_it and _parts_tell_enough(config, metrics) and _pools_parts(optimizer)
 
 
-def _parts_tell_enough(config: Config, evaluators: Mapping[str, Evaluator]) -> bool:
-    """Whether every metric of the objective has values per item, and a part enough of those that are bounded."""
-    named = [term.metric.partition(".")[::2] for term in config.objectives.terms]
-    metrics = [evaluators[name].metrics[metric] for name, metric in named]
-    bounded = any(metric.low is not None and metric.high is not None for metric in metrics)
-    items = sum(len(evaluators[name].items("search")) for name in {name for name, _ in named})
-    enough = not bounded or items * config.search.fitness.first >= _FEWEST_ANSWERS
-    return enough and all(metric.per_item for metric in metrics)
+def _parts_tell_enough(config: Config, metrics: Mapping[str, Metric]) -> bool:
+    """Whether every metric of the objective has values per item, and none is bounded: merges differ by few right or
+    wrong answers, which on a part are lost in chance (results/reference/search_quality_vision_answers.md)."""
+    found = [metrics[term.metric] for term in config.objectives.terms]
+    return all(metric.per_item and (metric.low is None or metric.high is None) for metric in found)
 
 
 def _models_items(fitness: FitnessConfig) -> bool:

@@ -25,9 +25,9 @@ class FitnessConfig(BaseModel):
         None,
         description="score every candidate on one part of the search items, each on another part, and now and then the "
         "best on all of them; by default true with an optimiser that puts parts together (gaussian_process), where "
-        "every metric of the objective has values per item, there are no constraints and estimate is not p_irt or "
-        "gp_irt, with which it cannot be used; where a metric is bounded, as right and wrong answers are, only if a "
-        "part has at least 100 items",
+        "every metric of the objective has values per item and none has both a lowest and a highest value (right and "
+        "wrong answers tell too little on a part), there are no constraints and estimate is not p_irt or gp_irt, with "
+        "which it cannot be used",
     )
     estimate: Estimate = Field(
         "auto",
